@@ -1,0 +1,180 @@
+"""What crosses the link between the API process and a worker: frozen values that msgspec encodes.
+
+Knows token ids, not text; imports no torch, so that the API process may import it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+SEED_BITS: Final = 63
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class SamplingParams(msgspec.Struct, frozen=True):
+    """How the next token is chosen from the full model's logits.
+
+    `temperature` 0 means argmax. `top_k` 0, `top_p` 1 and `min_p` 0 switch their filter off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """One sequence to decode. A request with `n` choices or several prompts is several of these.
+
+    `seed` is the sequence's own (see `sequence_seed`). `stop_token_ids` holds every id that ends the
+    sequence, end-of-sequence included unless the caller ignores it. `prompt_ids` is not empty and
+    `len(prompt_ids) + max_new_tokens` fits the context; the API process has checked both.
+    """
+
+    sequence_id: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    seed: int
+    stop_token_ids: list[int]
+    exit_layer: int
+    draft_length: int
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Stop these sequences and free their KV blocks. Unknown or ended ids are ignored; no event follows."""
+
+    sequence_ids: list[int]
+
+
+Command = Generate | Abort
+
+
+class Decoded(msgspec.Struct, frozen=True):
+    """What one cycle gave one sequence.
+
+    `token_ids` are new and in order; a stop token that ended the sequence is the last of them. `drafted`
+    and `kept` count this cycle's drafts of this sequence at `exit_layer`. `finish_reason` is set on the
+    sequence's last event and only there. `queued_s` and `num_cached_tokens` (prompt tokens whose KV came
+    from the prefix cache) are set on its first event and only there.
+    """
+
+    sequence_id: int
+    token_ids: list[int]
+    drafted: int
+    kept: int
+    exit_layer: int
+    finish_reason: FinishReason | None = None
+    queued_s: float | None = None
+    num_cached_tokens: int | None = None
+
+
+class Load(msgspec.Struct, frozen=True):
+    """How full the worker is after a step; gauges, except the counters named `total`."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_blocks: int = 0
+    num_free_blocks: int = 0
+    num_preemptions_total: int = 0
+    prefix_cache_queried_tokens_total: int = 0
+    prefix_cache_hit_tokens_total: int = 0
+
+
+class CycleTimes(msgspec.Struct, frozen=True):
+    """Where one step's wall time went, in seconds, and how many tokens its verification pass computed."""
+
+    draft_s: float
+    verify_s: float
+    host_s: float
+    num_tokens: int
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """Sent after every step, and after aborts while idle. `times` is None when nothing was decoded."""
+
+    decoded: list[Decoded]
+    load: Load
+    times: CycleTimes | None = None
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Progress before `Ready`; `fraction` is 0..1 within `stage`."""
+
+    stage: str
+    fraction: float
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the loaded checkpoint and the KV cache allow; requests are validated against it.
+
+    `max_draft_length` bounds a request's `draft_length`; `allowed_exit_layers` is sorted and not empty;
+    `num_blocks * block_size` is the number of KV tokens.
+    """
+
+    num_layers: int
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    num_blocks: int
+    allowed_exit_layers: list[int]
+    default_exit_layer: int
+    default_draft_length: int
+    max_draft_length: int
+
+
+class TextAssets(msgspec.Struct, frozen=True):
+    """What the API process needs to turn text into ids and back, so that it never loads transformers.
+
+    `bos_token_id` is None when the tokenizer's own post-processor decides. `eos_token_ids` holds every
+    end-of-sequence id of the generation config.
+    """
+
+    tokenizer_json: str
+    eos_token_ids: list[int]
+    special_token_ids: list[int]
+    chat_template: str | None
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The worker serves. `sampling` holds the checkpoint's own defaults from its generation config."""
+
+    model: str
+    revision: str | None
+    dtype: str
+    device: str
+    limits: Limits
+    text: TextAssets
+    sampling: SamplingParams
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The worker could not start, through a fault the operator can mend; `message` is one line."""
+
+    message: str
+
+
+Event = Loading | Ready | Failed | StepReport
+
+
+def sequence_seed(request_seed: int, *, prompt_index: int, choice_index: int) -> int:
+    """The seed of one sequence of a request: a stable hash, the same in every process and version 1.
+
+    Returns an integer of `SEED_BITS` bits. Part of the public sampling contract: the same request seed
+    gives the same text on every server.
+    """
+    digest = hashlib.blake2b(
+        b"layerskip-seed-v1:%d:%d:%d" % (request_seed, prompt_index, choice_index), digest_size=8
+    ).digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)

@@ -1,0 +1,1 @@
+"""HTTP and text on one side, messages to the worker process on the other."""
