@@ -1,0 +1,253 @@
+"""What the operator may choose, in one model: flags, environment, YAML file and table derive from it.
+
+Knows ranges and precedence; knows nothing of what a checkpoint allows. The only reader of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from config.errors import SettingsError
+
+ENV_PREFIX: Final = "LAYERSKIP_"
+BUNDLED_CHECKPOINT: Final = Path(__file__).parent / "checkpoints" / "python-tiny-13m"
+
+
+class Dtype(StrEnum):
+    """Number format of weights and KV cache; `auto` is the checkpoint's on CUDA and float32 on CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT64 = "float64"
+
+
+class Loader(StrEnum):
+    """How weights reach the device."""
+
+    SAFETENSORS = "safetensors"
+    ACCELERATE = "accelerate"
+
+
+class LogLevel(StrEnum):
+    """The least severe log line that is written."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def _split_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+class EngineSettings(BaseModel, frozen=True, extra="forbid"):
+    """What the worker needs to load a checkpoint and decode; travels to it as JSON."""
+
+    model: str = Field(
+        default=str(BUNDLED_CHECKPOINT), min_length=1, description="Checkpoint folder or hub id to serve."
+    )
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub checkpoint.")
+    dtype: Dtype = Field(default=Dtype.AUTO, description="Number format of weights and KV cache.")
+    device: str = Field(
+        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N."
+    )
+    loader: Loader = Field(default=Loader.SAFETENSORS, description="How weights reach the device.")
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="Longest prompt plus answer, in tokens; unset: the checkpoint's."
+    )
+    max_num_seqs: int = Field(default=64, ge=1, le=4096, description="Sequences decoded together at most.")
+    max_num_batched_tokens: int = Field(
+        default=512, ge=1, description="Prompt tokens computed in one step at most."
+    )
+    block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in one block of the KV cache.")
+    num_blocks: int | None = Field(
+        default=None, ge=1, description="Blocks of the KV cache; unset: sized from free memory."
+    )
+    allowed_exit_layers: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, NoDecode] = Field(
+        default=None, description="Exit layers a request may ask for, comma-separated; unset: all."
+    )
+    exit_layer: int | None = Field(
+        default=None,
+        ge=1,
+        description="Exit layer of requests that name none; unset: from the checkpoint's profile.",
+    )
+    draft_length: int | None = Field(
+        default=None, ge=0, description="Draft length of requests that name none; unset: from the profile."
+    )
+    max_draft_length: int = Field(default=16, ge=0, le=64, description="Longest draft a request may ask for.")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads of the worker; unset: chosen for it."
+    )
+
+    @field_validator("allowed_exit_layers", mode="before")
+    @classmethod
+    def _from_comma_list(cls, value: object) -> object:
+        return _split_commas(value)
+
+
+class ServerSettings(BaseModel, frozen=True, extra="forbid"):
+    """What the API process needs: where it listens and what it lets in."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    served_model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of the model in requests and metrics; unset: from the checkpoint.",
+    )
+    max_queued_requests: int = Field(
+        default=512, ge=0, description="Sequences waiting beyond max_num_seqs before requests get 429."
+    )
+    max_body_bytes: int = Field(
+        default=4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes."
+    )
+    max_n: int = Field(default=16, ge=1, description="Most choices for one prompt.")
+    max_prompts: int = Field(default=64, ge=1, description="Most prompts in one request.")
+    max_sequences_per_request: int = Field(
+        default=64, ge=1, description="Most prompts times choices in one request."
+    )
+    max_stop_strings: int = Field(default=4, ge=0, description="Most stop strings in one request.")
+    max_stop_string_chars: int = Field(default=256, ge=1, description="Longest stop string, in characters.")
+    log_level: LogLevel = Field(default=LogLevel.INFO, description="Least severe log line that is written.")
+
+
+class Settings(ServerSettings, EngineSettings, BaseSettings):
+    """Everything the operator chose. Precedence: flags, then environment, then YAML file, then defaults."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
+
+    config: Path | None = Field(default=None, description="YAML file with settings.")
+
+    @property
+    def engine(self) -> EngineSettings:
+        """The part that travels to the worker."""
+        return EngineSettings.model_validate(self.model_dump(include=set(EngineSettings.model_fields)))
+
+    @property
+    def model_name(self) -> str:
+        """The name requests use: the chosen one, else the folder's, else the hub id."""
+        if self.served_model_name:
+            return self.served_model_name
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags arrive as constructor arguments; dotenv files and secret folders are not read."""
+        chosen = init_settings().get("config") or env_settings().get("config")
+        file = InitSettingsSource(settings_cls, _read_yaml(Path(chosen)) if chosen else {})
+        return init_settings, env_settings, file
+
+    @classmethod
+    def load(cls, flags: Mapping[str, object]) -> Self:
+        """Combine `flags` (by field name, only those given) with the other sources. Raises SettingsError."""
+        _refuse_unknown_variables(os.environ)
+        for key in flags:
+            _refuse_unknown(key, cls.model_fields, "flag")
+        try:
+            return cls(**dict(flags))  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise _as_settings_error(error) from error
+
+
+def flag_name(field: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + field.replace("_", "-")
+
+
+def variable_name(field: str) -> str:
+    """The environment variable of a setting."""
+    return ENV_PREFIX + field.upper()
+
+
+def default_text(name: str, field: FieldInfo) -> str:
+    """A setting's default as documentation shows it, without a path of this machine."""
+    if name == "model":
+        return f"the bundled {BUNDLED_CHECKPOINT.name}"
+    return "unset" if field.default is None else str(field.default)
+
+
+def settings_table() -> str:
+    """Every setting as a Markdown table: flag, environment variable, default, meaning."""
+    rows = ["| flag | environment | default | meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        cells = (
+            f"`{flag_name(name)}`",
+            f"`{variable_name(name)}`",
+            default_text(name, field),
+            field.description,
+        )
+        rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"config {path}: cannot be read ({error.strerror}); pass a readable YAML file"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"config {path}: not YAML ({reason})") from error
+    if not isinstance(content, dict | None):
+        raise SettingsError(f"config {path}: must hold `key: value` lines, found a {type(content).__name__}")
+    values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
+    for key in values:
+        _refuse_unknown(key, Settings.model_fields.keys() - {"config"}, f"setting in {path}")
+    return values
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    known = {variable_name(field) for field in Settings.model_fields}
+    for name in sorted(environment):
+        if name.upper().startswith(ENV_PREFIX):
+            _refuse_unknown(name.upper(), known, "environment variable")
+
+
+def _refuse_unknown(key: str, known: Mapping[str, object] | set[str], kind: str) -> None:
+    if key in known:
+        return
+    nearest = get_close_matches(key, list(known), n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "`layerskip serve --help` lists them all"
+    raise SettingsError(f"unknown {kind} {key}: {hint}")
+
+
+def _as_settings_error(error: ValidationError) -> SettingsError:
+    first = error.errors(include_url=False, include_context=False)[0]
+    key, value = str(first["loc"][0]), first["input"]
+    remedy = first["msg"][0].lower() + first["msg"][1:]
+    name = flag_name(key).removeprefix("--")
+    return SettingsError(f"{name} {value!r}: {remedy} (flag {flag_name(key)}, variable {variable_name(key)})")
+
+
+if __name__ == "__main__":
+    print(settings_table())

@@ -1,0 +1,20 @@
+"""The keep rule. Knows only drafts and choices.
+
+Shapes: B rows, K drafts, Q = K + 1 verified positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_kept(drafts_BK: Tensor, choices_BQ: Tensor, draft_lengths_B: Tensor) -> Tensor:
+    """How many drafts of each row stand: the run of them, from the first, that the full model chose too.
+
+    `choices_BQ[b, i]` is the full model's choice after i drafts of row b; a row's drafts past its draft
+    length count for nothing. Returns int64 [B].
+    """
+    positions_K = torch.arange(drafts_BK.shape[1], device=drafts_BK.device)
+    equal_BK = (drafts_BK == choices_BQ[:, : drafts_BK.shape[1]]) & (positions_K < draft_lengths_B[:, None])
+    return equal_BK.long().cumprod(1).sum(1)

@@ -1,0 +1,93 @@
+"""How much fits: whether the weights lie on the device, and how many KV blocks remain beside them.
+
+Knows bytes and devices; reads no weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from config.errors import SettingsError
+from config.settings import EngineSettings
+from decoding.attention import AttentionShape
+from decoding.checkpoint import Checkpoint
+from decoding.kv_cache import slot_bytes
+
+_CPU_CACHE_BYTES: Final = 1 << 30
+"""What the KV cache takes at most on a CPU, where memory is shared with everything else."""
+
+_DEVICE_SHARE: Final = 0.9
+"""Share of an accelerator's memory that weights, cache and activations may take together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The context limit and the KV blocks of this start; made once."""
+
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Memory of all weights in `dtype`, from transformers' own model on the meta device."""
+    from accelerate import init_empty_weights
+    from accelerate.utils import compute_module_sizes
+    from transformers import LlamaForCausalLM
+
+    with init_empty_weights():
+        model = LlamaForCausalLM(checkpoint.config)
+    return int(compute_module_sizes(model, dtype=dtype)[""])
+
+
+def exceeds_device(num_bytes: int, device: torch.device) -> bool:
+    """Whether weights of this size leave no room on the device, as accelerate counts its memory."""
+    from accelerate.utils import get_max_memory
+
+    available = get_max_memory()
+    key = "cpu" if device.type == "cpu" else device.index or 0
+    return key in available and num_bytes > _DEVICE_SHARE * float(available[key])
+
+
+def plan_capacity(
+    settings: EngineSettings, checkpoint: Checkpoint, shape: AttentionShape, dtype: torch.dtype, device: torch.device
+) -> Capacity:
+    """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError."""
+    longest = checkpoint.shape.max_positions
+    max_model_len = settings.max_model_len or longest
+    if max_model_len > longest:
+        raise SettingsError(f"max_model_len {max_model_len} exceeds the checkpoint's {longest} positions")
+    block_size = settings.block_size
+    per_context = -(-max_model_len // block_size)
+    num_blocks = settings.num_blocks or _affordable_blocks(settings, checkpoint, shape, dtype, device, per_context)
+    if num_blocks < per_context:
+        raise SettingsError(
+            f"num_blocks {num_blocks} of {block_size} tokens hold {num_blocks * block_size} tokens, less than "
+            f"max_model_len {max_model_len}: raise num_blocks to {per_context} or lower max_model_len"
+        )
+    return Capacity(max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks)
+
+
+def _affordable_blocks(
+    settings: EngineSettings,
+    checkpoint: Checkpoint,
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    per_context: int,
+) -> int:
+    slot = slot_bytes(num_layers=checkpoint.shape.num_layers, slot_width=shape.slot_width, dtype=dtype)
+    if device.type == "cpu":
+        affordable = _CPU_CACHE_BYTES
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        affordable = int(free - (1 - _DEVICE_SHARE) * total)
+    wanted = per_context * settings.max_num_seqs
+    return max(per_context, min(wanted, affordable // (slot * settings.block_size)))

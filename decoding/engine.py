@@ -1,0 +1,192 @@
+"""The engine: a checkpoint, its KV cache, a scheduler and a cycle, driven one step at a time.
+
+Knows token ids, not text. Runs in one thread; usable without a server.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config.errors import SettingsError
+from config.settings import EngineSettings
+from decoding.attention import AttentionShape, GatherAttention
+from decoding.blocks import BlockPool
+from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
+from decoding.checkpoint import Checkpoint, open_checkpoint, sampling_defaults, text_assets
+from decoding.cycle import Cycle
+from decoding.exits import resolve_speculation
+from decoding.kv_cache import KVCache
+from decoding.messages import CycleTimes, Decoded, Generate, Limits, Ready, StepReport
+from decoding.model import LlamaDecoder
+from decoding.scheduler import Scheduler, StepLimits
+from decoding.weights import Placement, Progress, load_weights, rotations
+
+
+def _ignore(_stage: str, _fraction: float) -> None:
+    return
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What runs plans on a device: the model and its cycle."""
+
+    model: LlamaDecoder
+    cycle: Cycle
+
+
+class Engine:
+    """Decodes requests together. `submit` and `abort` between steps; `step` plans, runs and commits one."""
+
+    def __init__(self, ready: Ready, runtime: Runtime, scheduler: Scheduler, *, clock: Callable[[], float]) -> None:
+        self.ready = ready
+        self.runtime = runtime
+        self._scheduler = scheduler
+        self._clock = clock
+
+    @classmethod
+    def load(cls, settings: EngineSettings, *, progress: Progress = _ignore) -> Engine:
+        """Read the checkpoint and allocate the cache. Raises CheckpointError or SettingsError."""
+        clock = time.perf_counter
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        checkpoint = open_checkpoint(settings.model, revision=settings.revision)
+        device = pick_device(settings.device)
+        dtype = pick_dtype(settings.dtype, checkpoint.shape.stored_dtype, device)
+        runtime, capacity = build_runtime(settings, checkpoint, device, dtype, progress)
+        scheduler = Scheduler(
+            BlockPool(num_blocks=capacity.num_blocks, block_size=capacity.block_size),
+            StepLimits(settings.max_num_seqs, max(settings.max_num_batched_tokens, settings.max_num_seqs)),
+            device=device,
+            clock=clock,
+        )
+        ready = Ready(
+            model=settings.model,
+            revision=settings.revision,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(device),
+            limits=_limits(settings, checkpoint, capacity),
+            text=text_assets(checkpoint),
+            sampling=sampling_defaults(checkpoint),
+        )
+        return cls(ready, runtime, scheduler, clock=clock)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def submit(self, request: Generate) -> None:
+        """Queue a request that the limits in `ready` allow."""
+        self._scheduler.submit(request)
+
+    def abort(self, sequence_ids: Iterable[int]) -> None:
+        """Drop sequences and free their KV blocks; unknown ids are ignored."""
+        self._scheduler.abort(sequence_ids)
+
+    def step(self) -> StepReport:
+        """Compute one cycle for the batch and report what it gave."""
+        started = self._clock()
+        plan = self._scheduler.plan()
+        if plan is None:
+            return self.report()
+        result = self.runtime.cycle.run(plan)
+        decoded = self._scheduler.commit(result)
+        device_s = result.draft_s + result.verify_s
+        times = CycleTimes(
+            draft_s=result.draft_s,
+            verify_s=result.verify_s,
+            host_s=self._clock() - started - device_s,
+            num_tokens=plan.num_tokens,
+        )
+        return StepReport(decoded=decoded, load=self._scheduler.load(), times=times)
+
+    def report(self) -> StepReport:
+        """The load, with nothing decoded."""
+        return StepReport(decoded=[], load=self._scheduler.load())
+
+    def check_integrity(self) -> None:
+        """Assert that every KV block is accounted for."""
+        self._scheduler.check_integrity()
+
+    def generate(self, requests: Iterable[Generate]) -> dict[int, list[Decoded]]:
+        """Decode these requests to their ends, together: the events of each, by sequence id."""
+        events: dict[int, list[Decoded]] = {}
+        for request in requests:
+            events[request.sequence_id] = []
+            self.submit(request)
+        while self.has_work:
+            for event in self.step().decoded:
+                events[event.sequence_id].append(event)
+        return events
+
+
+def build_runtime(
+    settings: EngineSettings, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> tuple[Runtime, Capacity]:
+    """The model on its device, its cache beside it, and what the cache holds."""
+    sizes = checkpoint.shape
+    shape = AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_width)
+    weights = load_weights(checkpoint, _placement(settings, checkpoint, device, dtype), progress)
+    capacity = plan_capacity(settings, checkpoint, shape, dtype, device)
+    attention = GatherAttention(
+        shape=shape,
+        cache=KVCache(
+            num_layers=sizes.num_layers,
+            num_slots=capacity.num_slots,
+            slot_width=shape.slot_width,
+            dtype=dtype,
+            device=device,
+        ),
+        rotations_TF=rotations(checkpoint, capacity.max_model_len, device, dtype),
+        dtype=dtype,
+    )
+    model = LlamaDecoder(weights, attention)
+    cycle = Cycle(model, attention, block_size=capacity.block_size, clock=time.perf_counter)
+    return Runtime(model=model, cycle=cycle), capacity
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device asked for; "auto" takes CUDA where there is one. Raises SettingsError."""
+    has_cuda = torch.cuda.is_available()
+    if wanted == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    if wanted.startswith("cuda") and not has_cuda:
+        raise SettingsError(f"device {wanted!r}: torch finds no CUDA device; pass --device cpu")
+    return torch.device(wanted)
+
+
+def pick_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
+    """The dtype asked for; "auto" is the checkpoint's own on CUDA and float32 on a CPU."""
+    name = wanted if wanted != "auto" else stored if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _placement(
+    settings: EngineSettings, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> Placement:
+    offload = settings.loader == "accelerate" or exceeds_device(weight_bytes(checkpoint, dtype), device)
+    folder = Path(tempfile.mkdtemp(prefix="layerskip-offload-")) if offload else None
+    return Placement(device=device, dtype=dtype, offload_folder=folder)
+
+
+def _limits(settings: EngineSettings, checkpoint: Checkpoint, capacity: Capacity) -> Limits:
+    speculation = resolve_speculation(settings, num_layers=checkpoint.shape.num_layers)
+    return Limits(
+        num_layers=checkpoint.shape.num_layers,
+        vocab_size=checkpoint.shape.vocab_size,
+        max_model_len=capacity.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        block_size=capacity.block_size,
+        num_blocks=capacity.num_blocks,
+        allowed_exit_layers=list(speculation.allowed_exit_layers),
+        default_exit_layer=speculation.exit_layer,
+        default_draft_length=speculation.draft_length,
+        max_draft_length=settings.max_draft_length,
+    )

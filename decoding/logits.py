@@ -1,0 +1,106 @@
+"""Logits processors: from the model's logits to the scores that the choice rule adds its noise to.
+
+Knows nothing of seeds or drafts. Every filter keeps a set of tokens that depends on the logits alone.
+
+Shapes: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decoding.messages import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters of N tokens as columns, and what the whole batch can skip.
+
+    `seeds_N` is int64; `top_ks_N` int64 with 0 for off; the rest float64.
+    """
+
+    temperatures_N: Tensor
+    top_ks_N: Tensor
+    top_ps_N: Tensor
+    min_ps_N: Tensor
+    seeds_N: Tensor
+    any_sampled: bool
+    all_sampled: bool
+    any_truncated: bool
+    any_min_p: bool
+
+    @classmethod
+    def of(cls, params: list[SamplingParams], seeds: list[int], device: torch.device) -> Sampling:
+        """Columns from one set of parameters and one seed for each row."""
+        # A loop over rows on the host: it runs when the batch's composition changes, not every step.
+        table = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params], dtype=np.float64)
+        temperatures, top_ks, top_ps, min_ps = (torch.from_numpy(c.copy()).to(device) for c in table.T)
+        sampled = table[:, 0] > 0
+        return cls(
+            temperatures_N=temperatures,
+            top_ks_N=top_ks.long(),
+            top_ps_N=top_ps,
+            min_ps_N=min_ps,
+            seeds_N=torch.tensor(seeds, dtype=torch.int64, device=device),
+            any_sampled=bool(sampled.any()),
+            all_sampled=bool(sampled.all()),
+            any_truncated=bool((((table[:, 1] > 0) | (table[:, 2] < 1)) & sampled).any()),
+            any_min_p=bool(((table[:, 3] > 0) & sampled).any()),
+        )
+
+    def take(self, index_M: Tensor) -> Sampling:
+        """The columns at `index_M` (int64, repeats allowed), in that order."""
+        if not self.any_sampled:
+            return self
+        return Sampling(
+            temperatures_N=self.temperatures_N[index_M],
+            top_ks_N=self.top_ks_N[index_M],
+            top_ps_N=self.top_ps_N[index_M],
+            min_ps_N=self.min_ps_N[index_M],
+            seeds_N=self.seeds_N[index_M],
+            any_sampled=self.any_sampled,
+            all_sampled=self.all_sampled,
+            any_truncated=self.any_truncated,
+            any_min_p=self.any_min_p,
+        )
+
+
+def process(logits_NV: Tensor, sampling: Sampling) -> Tensor:
+    """Scores [N, V] in float32 or float64: logits over temperature, dropped tokens at −∞.
+
+    Filters act in this order: temperature, min-p, top-k, top-p, each on what the one before left. Rows with
+    temperature 0 keep their logits. A new tensor; equal logits are kept or dropped together.
+    """
+    scores_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
+    scores_NV /= torch.where(sampling.temperatures_N > 0, sampling.temperatures_N, 1.0).to(scores_NV)[:, None]
+    if sampling.any_min_p:
+        _drop_improbable(scores_NV, sampling)
+    if sampling.any_truncated:
+        _truncate(scores_NV, sampling)
+    return scores_NV
+
+
+def _drop_improbable(scores_NV: Tensor, sampling: Sampling) -> None:
+    """Drop tokens less probable than `min_p` times the most probable one."""
+    floor_N1 = scores_NV.amax(-1, keepdim=True) + sampling.min_ps_N.log().to(scores_NV)[:, None]
+    scores_NV.masked_fill_(scores_NV < floor_N1, -torch.inf)
+
+
+def _truncate(scores_NV: Tensor, sampling: Sampling) -> None:
+    """Keep the `top_k` best, then the fewest whose probabilities reach `top_p`."""
+    vocab_size = scores_NV.shape[-1]
+    ranked_NV = scores_NV.sort(-1, descending=True).values
+    top_ks_N = torch.where(sampling.top_ks_N > 0, sampling.top_ks_N, vocab_size).clamp(max=vocab_size)
+    ranks_V = torch.arange(vocab_size, device=scores_NV.device)
+    ranked_NV.masked_fill_(ranks_V >= top_ks_N[:, None], -torch.inf)
+    probabilities_NV = ranked_NV.softmax(-1)
+    mass_before_NV = probabilities_NV.cumsum(-1).sub_(probabilities_NV)
+    # Rank 0 always stays: the mass before it is 0, and top_p is positive.
+    top_ps_N1 = torch.where(sampling.top_ps_N < 1, sampling.top_ps_N, torch.inf).to(scores_NV)[:, None]
+    num_kept_N = ((mass_before_NV < top_ps_N1) & (ranks_V < top_ks_N[:, None])).sum(-1)
+    cutoff_N1 = ranked_NV.gather(-1, (num_kept_N - 1)[:, None])
+    scores_NV.masked_fill_(scores_NV < cutoff_N1, -torch.inf)

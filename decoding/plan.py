@@ -1,0 +1,56 @@
+"""What one step shall do and what it did: fresh values between the scheduler and the cycle.
+
+Plain arrays, so that a plan can be sent to other processes as it is.
+
+Shapes: B rows, N tokens fed, W blocks of the longest row, K drafts, Q verified positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from decoding.attention import Ints
+from decoding.logits import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step for B rows. Row b is fed `num_fed_B[b]` ≥ 1 known tokens from position `num_computed_B[b]` on.
+
+    A row whose known tokens are all fed `chooses` its next token; the others are chunks of a longer prompt.
+    A row with one token pending may draft: `draft_lengths_B[b]` tokens at `exit_layers_B[b]`; draft length 0
+    is plain decoding. Rows are in no particular order but that of `sequence_ids`.
+    """
+
+    sequence_ids: tuple[int, ...]
+    fed_N: Ints
+    num_fed_B: Ints
+    num_computed_B: Ints
+    draft_lengths_B: Ints
+    exit_layers_B: Ints
+    chooses_B: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    blocks_BW: Ints
+    sampling: Sampling
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sequence_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the verification pass computes."""
+        return int(self.num_fed_B.sum() + self.draft_lengths_B.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a plan came to. `chosen[b]` are row b's new tokens: the drafts that stand and the full model's next.
+
+    Empty for rows that choose nothing. `draft_s` and `verify_s` are wall seconds.
+    """
+
+    chosen: tuple[tuple[int, ...], ...]
+    draft_s: float
+    verify_s: float

@@ -1,0 +1,275 @@
+"""Decides what each step computes, and applies what it gave: continuous batching over one block pool.
+
+Knows sequences, tokens and blocks; knows no tensors of the model. It alone changes a Sequence.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from decoding.blocks import BlockPool, num_publishable
+from decoding.logits import Sampling
+from decoding.messages import Decoded, FinishReason, Generate, Load
+from decoding.plan import Plan, Result
+from decoding.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """How much one step may hold: rows, and tokens fed or drafted."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """A sequence's part of the next step: known tokens to feed, and drafts on top."""
+
+    sequence: Sequence
+    num_fed: int
+    draft_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_fed + self.draft_length
+
+
+class Scheduler:
+    """First come, first served. A step is `plan`, run, `commit`; `submit` and `abort` come in between.
+
+    A sequence has tokens known and tokens computed, and a step gives it some of the difference: prefill,
+    its chunks, prefix hits, decoding and recomputation after preemption are all this one rule.
+    """
+
+    def __init__(
+        self, pool: BlockPool, limits: StepLimits, *, device: torch.device, clock: Callable[[], float]
+    ) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._device = device
+        self._clock = clock
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._planned: list[_Share] = []
+        self._sampling: tuple[tuple[int, ...], Sampling] | None = None
+        self._num_preemptions = 0
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def submit(self, request: Generate) -> None:
+        """Queue a request. Its prompt and new tokens together must fit the pool; the caller has checked."""
+        self._waiting.append(Sequence(request=request, arrived_s=self._clock()))
+
+    def abort(self, sequence_ids: Iterable[int]) -> None:
+        """Drop these sequences and free their blocks at once; unknown ids are ignored.
+
+        Between plan and commit too: what the step computed for them is dropped with them.
+        """
+        dropped = set(sequence_ids)
+        for sequence in [s for s in self._running if s.request.sequence_id in dropped]:
+            self._retire(sequence)
+        self._waiting = deque(s for s in self._waiting if s.request.sequence_id not in dropped)
+
+    def plan(self) -> Plan | None:
+        """The next step, or None if there is nothing to do. Every call is followed by its `commit`."""
+        num_preemptions = self._num_preemptions
+        shares = self._fund_running()
+        budget = self._limits.max_num_batched_tokens - sum(share.num_tokens for share in shares)
+        # Blocks that were taken from a running sequence are not for newcomers.
+        while budget > 0 and self._num_preemptions == num_preemptions and self._can_admit():
+            sequence = self._admit()
+            share = self._fund(sequence, budget)
+            assert share is not None
+            shares.append(share)
+            budget -= share.num_tokens
+        self._planned = shares
+        return self._as_plan(shares) if shares else None
+
+    def commit(self, result: Result) -> list[Decoded]:
+        """Apply the planned step's result; one event for each row that has chosen tokens."""
+        events = []
+        for share, chosen in zip(self._planned, result.chosen, strict=True):
+            if share.sequence.block_ids:
+                events += self._commit_row(share, chosen)
+        self._planned = []
+        return events
+
+    def load(self) -> Load:
+        return Load(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_used_blocks=self._pool.num_used,
+            num_free_blocks=self._pool.num_free,
+            num_preemptions_total=self._num_preemptions,
+            prefix_cache_queried_tokens_total=self._num_queried_tokens,
+            prefix_cache_hit_tokens_total=self._num_hit_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that running sequences own exactly the blocks that are not free. For tests and idle moments."""
+        self._pool.check_integrity(s.block_ids for s in self._running)
+        assert not any(s.block_ids for s in self._waiting)
+
+    def _fund_running(self) -> list[_Share]:
+        """Shares of the running sequences: decoding rows first, so that a long prompt fills what they leave.
+
+        Every row gets at least one token, which is why the budget is never below the number of rows.
+        """
+        budget = self._limits.max_num_batched_tokens
+        order = sorted(self._running, key=lambda s: s.num_pending > 1)
+        shares: list[_Share] = []
+        for num_served, sequence in enumerate(order, start=1):
+            share = self._fund(sequence, budget - (len(order) - num_served))
+            if share is not None:
+                shares.append(share)
+                budget -= share.num_tokens
+        # A share's sequence may since have been preempted for an older one's blocks.
+        return [share for share in shares if share.sequence.block_ids]
+
+    def _fund(self, sequence: Sequence, budget: int) -> _Share | None:
+        """Give a running sequence blocks for as much of a step as `budget` ≥ 1 allows; None if it was preempted.
+
+        Drafts go first when blocks run short, then the youngest other sequence's blocks.
+        """
+        if sequence not in self._running:
+            return None
+        num_fed = min(sequence.num_pending, budget)
+        draft_length = 0
+        if sequence.num_pending == 1:
+            draft_length = max(0, min(sequence.request.draft_length, sequence.num_remaining - 1, budget - 1))
+        if not self._extend(sequence, num_fed + draft_length):
+            draft_length = 0
+            while not self._extend(sequence, num_fed):
+                self._preempt_youngest()
+                if sequence not in self._running:
+                    return None
+        return _Share(sequence=sequence, num_fed=num_fed, draft_length=draft_length)
+
+    def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Allocate what `num_tokens` more computed positions need, or nothing and False."""
+        num_missing = self._num_blocks(sequence.num_computed + num_tokens) - len(sequence.block_ids)
+        if num_missing > self._pool.num_free:
+            return False
+        if num_missing > 0:
+            sequence.block_ids += self._pool.allocate(num_missing)
+        return True
+
+    def _preempt_youngest(self) -> None:
+        """Take the blocks of the sequence admitted last; it starts again, before all that wait."""
+        youngest = self._running.pop()
+        self._pool.release(youngest.block_ids)
+        youngest.forget_computed()
+        self._waiting.appendleft(youngest)
+        self._num_preemptions += 1
+
+    def _can_admit(self) -> bool:
+        if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
+            return False
+        sequence = self._waiting[0]
+        hit = self._pool.find_prefix(sequence.token_ids, max_tokens=len(sequence.token_ids) - 1)
+        num_missing = self._num_blocks(len(sequence.token_ids)) - len(hit.block_ids)
+        return num_missing <= self._pool.num_allocatable_beside(hit)
+
+    def _admit(self) -> Sequence:
+        """Start the first that waits, on whatever the prefix cache holds of it but its last token."""
+        sequence = self._waiting.popleft()
+        hit = self._pool.find_prefix(sequence.token_ids, max_tokens=len(sequence.token_ids) - 1)
+        sequence.block_ids = self._pool.acquire(hit)
+        sequence.chain = hit.chain
+        sequence.num_published = len(hit.block_ids)
+        sequence.num_computed = len(hit.block_ids) * self._pool.block_size
+        if sequence.queued_s is None:
+            sequence.queued_s = self._clock() - sequence.arrived_s
+            sequence.num_cached_tokens = sequence.num_computed
+        self._num_queried_tokens += len(sequence.token_ids)
+        self._num_hit_tokens += sequence.num_computed
+        self._running.append(sequence)
+        return sequence
+
+    def _commit_row(self, share: _Share, chosen: tuple[int, ...]) -> list[Decoded]:
+        sequence = share.sequence
+        if not chosen:
+            sequence.num_computed += share.num_fed
+            self._publish(sequence)
+            return []
+        emitted, reason = self._append(sequence, chosen)
+        # All known tokens but the newest were fed or drafted, and so computed.
+        sequence.num_computed = len(sequence.token_ids) - 1
+        self._publish(sequence)
+        event = Decoded(
+            sequence_id=sequence.request.sequence_id,
+            token_ids=emitted,
+            drafted=share.draft_length,
+            kept=min(len(chosen) - 1, len(emitted)),
+            exit_layer=sequence.request.exit_layer,
+            finish_reason=reason,
+            queued_s=None if sequence.is_announced else sequence.queued_s,
+            num_cached_tokens=None if sequence.is_announced else sequence.num_cached_tokens,
+        )
+        sequence.is_announced = True
+        if reason is not None:
+            self._retire(sequence)
+        return [event]
+
+    def _append(self, sequence: Sequence, chosen: tuple[int, ...]) -> tuple[list[int], FinishReason | None]:
+        """Commit chosen tokens up to the one that ends the sequence, if one does."""
+        for count, token_id in enumerate(chosen, start=1):
+            sequence.token_ids.append(token_id)
+            reason = sequence.ending()
+            if reason is not None:
+                return list(chosen[:count]), reason
+        return list(chosen), None
+
+    def _publish(self, sequence: Sequence) -> None:
+        size = self._pool.block_size
+        full = num_publishable(num_computed=sequence.num_computed, block_size=size)
+        for index in range(sequence.num_published, full):
+            sequence.chain = self._pool.publish(
+                sequence.block_ids[index],
+                chain=sequence.chain,
+                token_ids=sequence.token_ids[index * size : (index + 1) * size],
+            )
+        sequence.num_published = max(sequence.num_published, full)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._pool.release(sequence.block_ids)
+        sequence.forget_computed()
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._pool.block_size)
+
+    def _as_plan(self, shares: list[_Share]) -> Plan:
+        """Arrays for the cycle. A loop over rows on the host: rows' numbers live in Python objects."""
+        sequences = [share.sequence for share in shares]
+        fed = [s.token_ids[s.num_computed : s.num_computed + share.num_fed] for s, share in zip(sequences, shares, strict=True)]
+        width = max(len(s.block_ids) for s in sequences)
+        return Plan(
+            sequence_ids=tuple(s.request.sequence_id for s in sequences),
+            fed_N=np.array([token_id for ids in fed for token_id in ids], dtype=np.int64),
+            num_fed_B=np.array([share.num_fed for share in shares], dtype=np.int64),
+            num_computed_B=np.array([s.num_computed for s in sequences], dtype=np.int64),
+            draft_lengths_B=np.array([share.draft_length for share in shares], dtype=np.int64),
+            exit_layers_B=np.array([s.request.exit_layer for s in sequences], dtype=np.int64),
+            chooses_B=np.array([share.num_fed == s.num_pending for s, share in zip(sequences, shares, strict=True)]),
+            blocks_BW=np.array([s.block_ids + [0] * (width - len(s.block_ids)) for s in sequences], dtype=np.int64),
+            sampling=self._sampling_of(sequences),
+        )
+
+    def _sampling_of(self, sequences: list[Sequence]) -> Sampling:
+        """The rows' sampling columns, kept as long as the batch holds the same sequences in the same order."""
+        ids = tuple(s.request.sequence_id for s in sequences)
+        if self._sampling is None or self._sampling[0] != ids:
+            params, seeds = [s.request.sampling for s in sequences], [s.request.seed for s in sequences]
+            self._sampling = (ids, Sampling.of(params, seeds, self._device))
+        return self._sampling[1]

@@ -1,0 +1,59 @@
+"""One stream of tokens in decoding: what is known of it and how much of that is computed.
+
+Knows token ids and block ids. Only the scheduler changes a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from decoding.blocks import ROOT
+from decoding.messages import FinishReason, Generate
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens known (prompt and committed ones) and how many of them have keys and values in every layer.
+
+    Between steps a sequence that has started decoding has exactly one token pending: the last committed.
+    `chain` and `num_published` say how far its blocks are in the prefix cache.
+    """
+
+    request: Generate
+    arrived_s: float
+    token_ids: list[int] = field(init=False)
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    chain: int = ROOT
+    num_published: int = 0
+    queued_s: float | None = None
+    num_cached_tokens: int = 0
+    is_announced: bool = False
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_new(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        return self.request.max_new_tokens - self.num_new
+
+    def ending(self) -> FinishReason | None:
+        """Why the last committed token ends the sequence, if it does; a stop token beats the length."""
+        if self.num_new and self.token_ids[-1] in self.request.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_remaining <= 0 else None
+
+    def forget_computed(self) -> None:
+        """Back to nothing computed and no blocks: everything known is to be computed again."""
+        self.num_computed = 0
+        self.block_ids = []
+        self.chain = ROOT
+        self.num_published = 0

@@ -1,0 +1,191 @@
+"""Reads a checkpoint's tensors, slice by slice, into the fused matrices that the decoder runs.
+
+Knows tensor names, shapes and devices; knows nothing of requests.
+
+Shapes: D model width, V vocabulary, O outputs, I inputs, H query heads, G key/value heads, F head width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from decoding.checkpoint import Checkpoint, CheckpointError, ModelShape
+from decoding.linear import Linear, OffloadedLinear, store
+from decoding.model import Layer, Weights
+
+Progress = Callable[[str, float], None]
+
+_INDEX: Final = "model.safetensors.index.json"
+_SINGLE: Final = "model.safetensors"
+
+
+class _Slices(Protocol):
+    def get_shape(self) -> list[int]: ...
+    def __getitem__(self, key: slice) -> Tensor: ...
+
+
+class TensorFiles:
+    """The safetensors files of one checkpoint, opened lazily; tensors are found by name."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._file_of = _file_of_tensors(folder, self._open)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Copy one tensor into `out`, converting dtype and device. Raises CheckpointError."""
+        file_name = self._file_of.get(name)
+        if file_name is None:
+            raise CheckpointError(f"{self._folder}: tensor {name} is in none of the safetensors files")
+        path = self._folder / file_name
+        try:
+            stored: _Slices = self._open(path).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
+        if list(stored.get_shape()) != list(out.shape):
+            found, expected = stored.get_shape(), list(out.shape)
+            raise CheckpointError(f"{path}: tensor {name} has shape {found}, config.json asks for {expected}")
+        out.copy_(stored[:])
+
+    def _open(self, path: Path) -> safe_open:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing, but {_INDEX} names it")
+        try:
+            return self._stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _file_of_tensors(folder: Path, open_file: Callable[[Path], safe_open]) -> dict[str, str]:
+    if (folder / _INDEX).is_file():
+        listed = json.loads((folder / _INDEX).read_text(encoding="utf-8")).get("weight_map", {})
+        return {str(name): str(file_name) for name, file_name in listed.items()}
+    if (folder / _SINGLE).is_file():
+        return dict.fromkeys(open_file(folder / _SINGLE).keys(), _SINGLE)
+    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    found = f"only pickle files ({', '.join(pickled)}), which can run code" if pickled else "no weights"
+    raise CheckpointError(f"{folder}: {found}; convert the checkpoint to {_SINGLE}")
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where weights go: the device and dtype they are used in.
+
+    With an `offload_folder`, matrices are written there by accelerate and mapped in for every use.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    offload_folder: Path | None = None
+
+
+def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> Weights:
+    """Read every tensor once; peak memory beyond the weights is one fused matrix. Raises CheckpointError."""
+    shape = checkpoint.shape
+    with _reader(checkpoint, placement) as reader:
+        embedding_VD = reader.tensor("model.embed_tokens.weight", shape.vocab_size, shape.model_width)
+        layers = []
+        for index in range(shape.num_layers):
+            layers.append(_read_layer(reader, f"model.layers.{index}", shape))
+            progress("weights", (index + 1) / shape.num_layers)
+        return Weights(
+            embedding_VD=embedding_VD,
+            layers=tuple(layers),
+            final_norm_D=reader.tensor("model.norm.weight", shape.model_width),
+            head=reader.linear([_head_name(shape)], (shape.vocab_size,), shape.model_width),
+            norm_eps=shape.norm_eps,
+        )
+
+
+def rotations(checkpoint: Checkpoint, num_positions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """How each pair of a head turns at each position: complex [positions, F/2], scaling of RoPE included.
+
+    Frequencies and angles are float32 whatever `dtype` is, as in transformers: they are part of the model.
+    """
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = LlamaRotaryEmbedding(checkpoint.config)
+    angles = torch.outer(torch.arange(num_positions).float(), rope.inv_freq.float())
+    turns = torch.complex(angles.cos(), angles.sin()) * rope.attention_scaling
+    return turns.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    files: TensorFiles
+    placement: Placement
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        out = torch.empty(shape, dtype=self.placement.dtype, device=self.placement.device)
+        self.files.read_into(name, out)
+        return out
+
+    def linear(
+        self, names: list[str], heights: tuple[int, ...], width: int, *, order: Callable[[str, Tensor], Tensor] | None = None
+    ) -> Linear:
+        """The named matrices stacked, each of its height; `order` may reorder the rows of one."""
+        folder = self.placement.offload_folder
+        device = self.placement.device if folder is None else torch.device("cpu")
+        fused_OI = torch.empty(sum(heights), width, dtype=self.placement.dtype, device=device)
+        for name, part in zip(names, fused_OI.split(heights), strict=True):
+            self.files.read_into(name, part)
+            if order is not None:
+                part.copy_(order(name, part))
+        return store(fused_OI) if folder is None else _offload(fused_OI, names[0], folder, self.placement.device)
+
+
+@contextmanager
+def _reader(checkpoint: Checkpoint, placement: Placement) -> Iterator[_Reader]:
+    with ExitStack() as stack:
+        yield _Reader(TensorFiles(checkpoint.folder, stack), placement)
+
+
+def _read_layer(reader: _Reader, prefix: str, shape: ModelShape) -> Layer:
+    query_height = shape.num_heads * shape.head_width
+    kv_height = shape.num_kv_heads * shape.head_width
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+
+    def order(name: str, part: Tensor) -> Tensor:
+        return part if name.endswith("v_proj.weight") else _neighbouring_pairs(part, shape.head_width)
+
+    return Layer(
+        attention_norm_D=reader.tensor(f"{prefix}.input_layernorm.weight", shape.model_width),
+        qkv=reader.linear(
+            [f"{attention}.{p}_proj.weight" for p in "qkv"],
+            (query_height, kv_height, kv_height),
+            shape.model_width,
+            order=order,
+        ),
+        attention_out=reader.linear([f"{attention}.o_proj.weight"], (shape.model_width,), query_height),
+        mlp_norm_D=reader.tensor(f"{prefix}.post_attention_layernorm.weight", shape.model_width),
+        gate_up=reader.linear(
+            [f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"], (shape.mlp_width,) * 2, shape.model_width
+        ),
+        down=reader.linear([f"{mlp}.down_proj.weight"], (shape.model_width,), shape.mlp_width),
+    )
+
+
+def _neighbouring_pairs(rows_OI: Tensor, head_width: int) -> Tensor:
+    """Within each head, put row i + F/2 beside row i, so that the pairs RoPE turns are neighbours."""
+    halves = rows_OI.unflatten(0, (-1, 2, head_width // 2))
+    return halves.transpose(1, 2).reshape(rows_OI.shape)
+
+
+def _offload(weight_OI: Tensor, name: str, folder: Path, device: torch.device) -> Linear:
+    from accelerate.utils import load_offloaded_weight, offload_weight
+
+    entry = offload_weight(weight_OI, name, folder, index={})[name]
+    return OffloadedLinear(lambda: load_offloaded_weight(folder / f"{name}.dat", entry), device)
+
+
+def _head_name(shape: ModelShape) -> str:
+    return "model.embed_tokens.weight" if shape.is_head_tied else "lm_head.weight"

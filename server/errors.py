@@ -1,0 +1,182 @@
+"""Every refusal a client can meet, and its shape on the wire: `{"error": {message, type, param, code}}`.
+
+Knows statuses and words; knows nothing of when to raise them. What a client sent is never echoed whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import ClassVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+_log = logging.getLogger("layerskip.errors")
+
+
+class ApiError(Exception):
+    """A request that is not served. `param` names the request field at fault, when one is."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = None
+    reason: ClassVar[str] = "invalid"
+    retry_after_s: ClassVar[int | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, object]:
+        """OpenAI's error object; also what a stream ends with when it fails midway."""
+        return error_body(self.message, kind=self.type, param=self.param, code=self.code)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that belong to the refusal."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+class InvalidRequest(ApiError):
+    """A parameter has a value that cannot be served."""
+
+
+class UnsupportedParameter(ApiError):
+    """A parameter that OpenAI or its peers know and this server does not offer."""
+
+    code = "unsupported_parameter"
+    reason = "unsupported"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"`{name}` is not supported; leave it out", param=name)
+
+
+class PromptTooLong(ApiError):
+    """The prompt leaves no room for one new token."""
+
+    code = "context_length_exceeded"
+    reason = "context"
+
+    def __init__(self, *, what: str, limit_tokens: int) -> None:
+        super().__init__(f"the prompt has {what}; at most {limit_tokens} tokens fit", param="prompt")
+
+
+class AnswerTooLong(ApiError):
+    """Prompt and `max_tokens` together exceed the context."""
+
+    code = "context_length_exceeded"
+    reason = "context"
+
+    def __init__(self, *, prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
+        super().__init__(
+            f"max_tokens {max_tokens} does not fit: the context is {context_tokens} tokens and the prompt has "
+            f"{prompt_tokens}; ask for at most {context_tokens - prompt_tokens}",
+            param="max_tokens",
+        )
+
+
+class ModelNotFound(ApiError):
+    """No worker serves the model that was named."""
+
+    status = 404
+    code = "model_not_found"
+    reason = "model"
+
+    def __init__(self, asked: str, *, served: str) -> None:
+        super().__init__(f"model `{asked[:100]}` is not served here; `{served}` is", param="model")
+
+
+class QueueFull(ApiError):
+    """As many sequences wait as the operator allows."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    reason = "queue_full"
+    retry_after_s = 1
+
+    def __init__(self, *, num_open: int, limit: int) -> None:
+        super().__init__(f"{num_open} sequences are running or waiting of at most {limit}; try again later")
+
+
+class Unavailable(ApiError):
+    """The worker cannot take requests: it is loading, gone or shutting down."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+    reason = "unavailable"
+    retry_after_s = 1
+
+
+class WorkerLost(ApiError):
+    """The worker died while it decoded this request."""
+
+    status = 500
+    type = "server_error"
+    code = "worker_lost"
+    reason = "worker_lost"
+
+
+class SlowReader(ApiError):
+    """The client took its stream so slowly that it was dropped."""
+
+    status = 408
+    type = "server_error"
+    code = "slow_reader"
+    reason = "slow_reader"
+
+
+def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
+    """OpenAI's error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def register_error_answers(app: FastAPI) -> None:
+    """Make every failure of `app` answer in the one shape."""
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_bug)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    request.scope["layerskip.rejection"] = error.reason
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param, message = _describe(first["type"], first["loc"], first["msg"])
+    return await _answer_api_error(request, InvalidRequest(message, param=param))
+
+
+def _describe(kind: str, location: Sequence[int | str], message: str) -> tuple[str | None, str]:
+    """The field at fault and a sentence about it, from the first of pydantic's errors."""
+    if kind == "json_invalid":
+        return None, "the body is not valid JSON"
+    fields = [str(part) for part in location if part != "body"]
+    if not fields:
+        return None, "the body must be a JSON object, sent with `Content-Type: application/json`"
+    reason = message.removeprefix("Value error, ")
+    return fields[0], f"`{fields[0]}`: {reason[0].lower()}{reason[1:]}"
+
+
+async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    request.scope["layerskip.rejection"] = "invalid"
+    body = error_body(str(error.detail), kind="invalid_request_error")
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_bug(request: Request, error: Exception) -> JSONResponse:
+    """Say nothing of the inside; the traceback is in the log, under the request's id."""
+    body = error_body("internal error", kind="server_error", code="internal_error")
+    return JSONResponse(body, status_code=500)

@@ -1,0 +1,190 @@
+"""The container files agree with each other and with what they promise; no container runtime is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+COMPOSE = {name: yaml.safe_load((DOCKER / name).read_text()) for name in ("compose.yaml", "compose.cpu.yaml")}
+CPU_SERVICES = COMPOSE["compose.cpu.yaml"]["services"]
+
+
+def read_stages() -> list[list[str]]:
+    """The Dockerfile's instructions, comments dropped and continued lines joined, one list a stage.
+
+    What stands before the first FROM is stage 0.
+    """
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    stages: list[list[str]] = [[]]
+    for line in filter(None, text.replace("\\\n", " ").split("\n")):
+        if line.startswith("FROM "):
+            stages.append([])
+        stages[-1].append(re.sub(r"\s+", " ", line.strip()))
+    return stages
+
+
+GLOBAL, BUILDER, FINAL = read_stages()
+
+
+def arguments(instruction: str) -> str:
+    """What the only use of an instruction in the final stage says."""
+    (line,) = [line for line in FINAL if line.startswith(instruction + " ")]
+    return line.removeprefix(instruction + " ")
+
+
+def environment() -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in arguments("ENV").split())
+
+
+def test_the_base_image_is_an_argument_of_both_stages():
+    assert GLOBAL == ["ARG BASE=python:3.12-slim"]
+    assert BUILDER[0] == "FROM ${BASE} AS builder"
+    assert FINAL[0] == "FROM ${BASE}"
+
+
+def test_the_entry_point_is_exec_form_so_that_the_server_gets_the_stop_signal():
+    assert json.loads(arguments("ENTRYPOINT")) == ["layerskip"]
+    assert json.loads(arguments("CMD")) == ["serve", "--host", "0.0.0.0"]
+    assert arguments("STOPSIGNAL") == "SIGTERM"
+
+
+def test_the_image_does_not_run_as_root():
+    user, _ = arguments("USER").split(":")
+    assert int(user) > 0
+    assert not any(line.startswith("RUN ") for line in FINAL[FINAL.index(f"USER {arguments('USER')}") :])
+
+
+def test_the_health_check_is_a_program_that_compiles_and_asks_for_health():
+    options, command = arguments("HEALTHCHECK").split(" CMD ")
+    python, *_, program = json.loads(command)
+    assert python == "python"
+    compile(program, "<healthcheck>", "exec")
+    assert "/health'" in program
+    assert "--start-period" in options
+    assert environment()["LAYERSKIP_PORT"] in arguments("EXPOSE")
+
+
+def test_the_image_sets_settings_that_exist():
+    names = {name.removeprefix(ENV_PREFIX).lower() for name in environment() if name.startswith(ENV_PREFIX)}
+    assert names == {"host", "port"}
+    assert names <= Settings.model_fields.keys()
+
+
+def test_what_is_written_at_run_time_lies_on_the_volume():
+    volume = arguments("VOLUME")
+    assert environment()["HF_HOME"] == f"{volume}/huggingface"
+    assert environment()["TRITON_CACHE_DIR"] == f"{volume}/triton"
+    assert any(f"{volume}/huggingface {volume}/triton" in line for line in FINAL if line.startswith("RUN "))
+
+
+def test_triton_finds_a_compiler_and_headers():
+    (packages,) = [line for line in FINAL if "apt-get install" in line]
+    assert {"gcc", "libc6-dev"} <= set(packages.split())
+
+
+def test_the_image_asks_for_the_torch_that_the_project_asks_for():
+    wanted = re.search(r'"(torch[^"]*)"', (ROOT / "pyproject.toml").read_text()).group(1)
+    assert any(f"'{wanted}'" in line for line in BUILDER)
+
+
+def test_the_build_context_holds_what_the_dockerfile_copies():
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    copied = [word for line in BUILDER if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert {"pyproject.toml", "README.md", "config", "decoding", "server"} <= set(copied)
+    assert not set(copied) & set(ignored)
+    assert [path for path in copied if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", sorted(COMPOSE))
+def test_compose_refers_to_files_and_services_that_exist(name):
+    for service in COMPOSE[name]["services"].values():
+        if "extends" in service:
+            base = yaml.safe_load((DOCKER / service["extends"]["file"]).read_text())["services"]
+            assert service["extends"]["service"] in base
+    assert COMPOSE[name]["services"].keys() == CPU_SERVICES.keys()
+    assert COMPOSE[name]["volumes"].keys() == {source for source in mounts() if not source.startswith(".")}
+
+
+def mounts() -> dict[str, str]:
+    """Source → target of every mount of the base compose file."""
+    lines = [line for service in CPU_SERVICES.values() for line in service["volumes"]]
+    return {source: target for source, target, *_ in (line.split(":") for line in lines)}
+
+
+def test_what_compose_mounts_from_the_checkout_exists_and_is_read_only():
+    for line in (line for service in CPU_SERVICES.values() for line in service["volumes"]):
+        if line.startswith("."):
+            assert (DOCKER / line.split(":")[0]).is_dir()
+            assert line.endswith(":ro")
+    assert (DOCKER / CPU_SERVICES["server"]["build"]["context"] / "Dockerfile").is_file()
+    assert mounts()["cache"] == arguments("VOLUME")
+
+
+@pytest.mark.parametrize("service", CPU_SERVICES.values(), ids=CPU_SERVICES)
+def test_every_container_is_confined(service):
+    assert service["read_only"] is True
+    assert service["tmpfs"] == ["/tmp"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["init"] is True
+    assert all(published(port).startswith("127.0.0.1:") for port in service["ports"])
+
+
+def published(port: str) -> str:
+    """A port mapping with its variables at their defaults."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", port)
+
+
+def test_only_the_gpu_file_reserves_a_gpu():
+    (device,) = gpu_reservation(COMPOSE["compose.yaml"]["services"]["server"])
+    assert device["capabilities"] == ["gpu"]
+    assert "deploy" not in CPU_SERVICES["server"]
+
+
+def gpu_reservation(service: dict[str, Any]) -> list[dict[str, Any]]:
+    return service["deploy"]["resources"]["reservations"]["devices"]
+
+
+def test_the_dashboard_opens_when_there_is_something_to_see():
+    conditions = {name: each["condition"] for name, each in CPU_SERVICES["grafana"]["depends_on"].items()}
+    assert conditions == {"prometheus": "service_healthy", "server": "service_healthy"}
+    assert "healthcheck" in CPU_SERVICES["prometheus"]
+
+
+def test_prometheus_and_grafana_find_each_other_by_the_names_in_compose():
+    scraped = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())
+    (job,) = scraped["scrape_configs"]
+    assert job["static_configs"] == [{"targets": [f"server:{environment()['LAYERSKIP_PORT']}"]}]
+    provisioned = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yaml").read_text())
+    (source,) = provisioned["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert source["jsonData"]["timeInterval"] == scraped["global"]["scrape_interval"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_accepts_the_configuration():
+    command = ["promtool", "check", "config", str(DOCKER / "prometheus/prometheus.yml")]
+    assert subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_accepts_every_query_of_the_dashboard(tmp_path):
+    panels = json.loads((DOCKER / "grafana/dashboards/layerskip.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    numbered = enumerate(re.sub(r"\[\$\w+\]", "[1m]", query) for query in queries)
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in numbered]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    command = ["promtool", "check", "rules", str(tmp_path / "rules.yml")]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert checked.returncode == 0, checked.stderr
