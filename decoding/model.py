@@ -18,14 +18,36 @@ from decoding.attention import GatherAttention, Queries
 from decoding.linear import Linear
 
 
+class RmsNorm:
+    """Root-mean-square normalisation over D, scaled by a weight.
+
+    On a CPU it is written as x / √(‖x‖² + D·eps) · (√D · weight): four small operators instead of the six that
+    `rms_norm` falls apart into there. In short dtypes and on accelerators the library's own is used.
+    """
+
+    def __init__(self, weight_D: Tensor, eps: float) -> None:
+        width = weight_D.shape[0]
+        self._weight_D = weight_D
+        self._eps = eps
+        self._is_plain = weight_D.device.type == "cpu" and weight_D.dtype in (torch.float32, torch.float64)
+        self._scaled_weight_D = weight_D * width**0.5
+        self._floor = weight_D.new_tensor((width * eps) ** 0.5)
+
+    def __call__(self, x_ND: Tensor, /) -> Tensor:
+        if not self._is_plain:
+            return F.rms_norm(x_ND, self._weight_D.shape, self._weight_D, self._eps)
+        length_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).hypot_(self._floor)
+        return x_ND.div(length_N1).mul_(self._scaled_weight_D)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer. Projections of the same input are fused: (q, k, v) and (gate, up)."""
 
-    attention_norm_D: Tensor
+    attention_norm: RmsNorm
     qkv: Linear
     attention_out: Linear
-    mlp_norm_D: Tensor
+    mlp_norm: RmsNorm
     gate_up: Linear
     down: Linear
 
@@ -36,9 +58,8 @@ class Weights:
 
     embedding_VD: Tensor
     layers: Sequence[Layer]
-    final_norm_D: Tensor
+    final_norm: RmsNorm
     head: Linear
-    norm_eps: float
 
 
 class LlamaDecoder:
@@ -66,21 +87,16 @@ class LlamaDecoder:
 
         Stores keys and values of the tokens in those layers' caches.
         """
-        eps = self._weights.norm_eps
         for index in range(first, last):
             layer = self._weights.layers[index]
-            qkv_NW = layer.qkv(rms_norm(hidden_ND, layer.attention_norm_D, eps))
+            qkv_NW = layer.qkv(layer.attention_norm(hidden_ND))
             hidden_ND = hidden_ND + layer.attention_out(self._attention.attend(index, qkv_NW, queries))
-            gate, up = layer.gate_up(rms_norm(hidden_ND, layer.mlp_norm_D, eps)).chunk(2, dim=-1)
+            gate, up = layer.gate_up(layer.mlp_norm(hidden_ND)).chunk(2, dim=-1)
             hidden_ND = hidden_ND + layer.down(F.silu(gate).mul_(up))
         self.num_layer_calls += last - first
         return hidden_ND
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of hidden states after any layer: the final norm, then the one head of the model."""
-        return self._weights.head(rms_norm(hidden_ND, self._weights.final_norm_D, self._weights.norm_eps))
+        return self._weights.head(self._weights.final_norm(hidden_ND))
 
-
-def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over D, scaled by `weight_D`."""
-    return F.rms_norm(x_ND, weight_D.shape, weight_D, eps)

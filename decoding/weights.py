@@ -20,7 +20,7 @@ from torch import Tensor
 
 from decoding.checkpoint import Checkpoint, CheckpointError, ModelShape
 from decoding.linear import Linear, OffloadedLinear, store
-from decoding.model import Layer, Weights
+from decoding.model import Layer, RmsNorm, Weights
 
 Progress = Callable[[str, float], None]
 
@@ -100,9 +100,8 @@ def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progres
         return Weights(
             embedding_VD=embedding_VD,
             layers=tuple(layers),
-            final_norm_D=reader.tensor("model.norm.weight", shape.model_width),
+            final_norm=reader.norm("model.norm.weight", shape),
             head=reader.linear([_head_name(shape)], (shape.vocab_size,), shape.model_width),
-            norm_eps=shape.norm_eps,
         )
 
 
@@ -128,6 +127,9 @@ class _Reader:
         out = torch.empty(shape, dtype=self.placement.dtype, device=self.placement.device)
         self.files.read_into(name, out)
         return out
+
+    def norm(self, name: str, shape: ModelShape) -> RmsNorm:
+        return RmsNorm(self.tensor(name, shape.model_width), shape.norm_eps)
 
     def linear(
         self, names: list[str], heights: tuple[int, ...], width: int, *, order: Callable[[str, Tensor], Tensor] | None = None
@@ -158,7 +160,7 @@ def _read_layer(reader: _Reader, prefix: str, shape: ModelShape) -> Layer:
         return part if name.endswith("v_proj.weight") else _neighbouring_pairs(part, shape.head_width)
 
     return Layer(
-        attention_norm_D=reader.tensor(f"{prefix}.input_layernorm.weight", shape.model_width),
+        attention_norm=reader.norm(f"{prefix}.input_layernorm.weight", shape),
         qkv=reader.linear(
             [f"{attention}.{p}_proj.weight" for p in "qkv"],
             (query_height, kv_height, kv_height),
@@ -166,7 +168,7 @@ def _read_layer(reader: _Reader, prefix: str, shape: ModelShape) -> Layer:
             order=order,
         ),
         attention_out=reader.linear([f"{attention}.o_proj.weight"], (shape.model_width,), query_height),
-        mlp_norm_D=reader.tensor(f"{prefix}.post_attention_layernorm.weight", shape.model_width),
+        mlp_norm=reader.norm(f"{prefix}.post_attention_layernorm.weight", shape),
         gate_up=reader.linear(
             [f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"], (shape.mlp_width,) * 2, shape.model_width
         ),

@@ -82,7 +82,7 @@ class DraftTally:
 
 
 class AcceptanceWindow:
-    """Kept over drafted for the latest drafts of one exit layer: at least `min_drafts`, fewer at the start."""
+    """Kept over drafted for the latest `min_drafts` drafts of one exit layer, to whole cycles."""
 
     def __init__(self, *, min_drafts: int = 1000) -> None:
         self._min_drafts = min_drafts

@@ -1,3 +1,4 @@
+# ruff: noqa: N818 -- the house names a refusal by what happened
 """Every refusal a client can meet, and its shape on the wire: `{"error": {message, type, param, code}}`.
 
 Knows statuses and words; knows nothing of when to raise them. What a client sent is never echoed whole.
@@ -74,8 +75,8 @@ class AnswerTooLong(ApiError):
 
     def __init__(self, *, prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
         super().__init__(
-            f"max_tokens {max_tokens} does not fit: the context is {context_tokens} tokens and the prompt has "
-            f"{prompt_tokens}; ask for at most {context_tokens - prompt_tokens}",
+            f"max_tokens {max_tokens} does not fit: the context is {context_tokens} tokens and the prompt "
+            f"has {prompt_tokens}; ask for at most {context_tokens - prompt_tokens}",
             param="max_tokens",
         )
 
@@ -132,7 +133,9 @@ class SlowReader(ApiError):
     reason = "slow_reader"
 
 
-def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
+def error_body(
+    message: str, *, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, object]:
     """OpenAI's error object."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

@@ -39,6 +39,10 @@ class Detokenizer:
         num_pending = len(self._window) - self._num_shown_tokens
         if is_partial and num_pending < _MAX_PENDING_TOKENS:
             return ""
+        if len(text) == len(self._shown):
+            # An id without text, as special ones are, must not widen the window for ever.
+            self._window.pop()
+            return ""
         return self._show(text)
 
     def flush(self) -> str:
@@ -99,7 +103,7 @@ class StopMatcher:
 
 @dataclass(frozen=True, slots=True)
 class TextRun:
-    """What a run of ids became: text to send, ids that count as delivered, and the stop string met, if any."""
+    """What a run of ids became: text to send, ids that count as delivered, the stop string met if any."""
 
     text: str
     num_tokens: int

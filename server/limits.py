@@ -1,0 +1,87 @@
+"""What the operator and the loaded model allow of a request that is well formed.
+
+Pure: a request goes in, and either what was asked for comes out or the refusal that names the range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from config.settings import ServerSettings
+from decoding.messages import Limits, SamplingParams
+from server.errors import AnswerTooLong, InvalidRequest
+from server.openai_types import CompletionRequest
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """How a request's drafts are made."""
+
+    exit_layer: int
+    draft_length: int
+
+
+def check_counts(request: CompletionRequest, settings: ServerSettings) -> None:
+    """Bound prompts, choices and stop strings. Raises InvalidRequest."""
+    num_prompts, num_choices = len(request.prompt), request.num_choices
+    _at_most(num_choices, settings.max_n, "n")
+    _at_most(num_prompts, settings.max_prompts, "prompt")
+    if num_prompts * num_choices > settings.max_sequences_per_request:
+        most = settings.max_sequences_per_request
+        raise InvalidRequest(
+            f"prompts times `n` may be at most {most}, not {num_prompts * num_choices}", param="n"
+        )
+    if request.best_of is not None and request.best_of != num_choices:
+        raise InvalidRequest(f"`best_of` must equal `n` ({num_choices})", param="best_of")
+    _at_most(len(request.stop_strings), settings.max_stop_strings, "stop")
+    if any(len(stop) > settings.max_stop_string_chars for stop in request.stop_strings):
+        most = settings.max_stop_string_chars
+        raise InvalidRequest(f"a stop string may have at most {most} characters", param="stop")
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
+
+
+def resolve_speculation(request: CompletionRequest, limits: Limits) -> Speculation:
+    """Exit layer and draft length, the server's where the request names none. Raises InvalidRequest."""
+    exit_layer, draft_length = request.exit_layer, request.draft_length
+    if exit_layer is not None and exit_layer not in limits.allowed_exit_layers:
+        allowed = ", ".join(map(str, limits.allowed_exit_layers))
+        raise InvalidRequest(f'`exit_layer` must be one of {allowed} or "auto"', param="exit_layer")
+    if draft_length is not None and not 0 <= draft_length <= limits.max_draft_length:
+        raise InvalidRequest(
+            f'`draft_length` must be 0 to {limits.max_draft_length} or "auto"', param="draft_length"
+        )
+    return Speculation(
+        exit_layer=limits.default_exit_layer if exit_layer is None else exit_layer,
+        draft_length=limits.default_draft_length if draft_length is None else draft_length,
+    )
+
+
+def resolve_sampling(request: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
+    """The request's sampling parameters, the checkpoint's where it names none."""
+    top_k = defaults.top_k if request.top_k is None else max(request.top_k, 0)
+    return SamplingParams(
+        temperature=defaults.temperature if request.temperature is None else request.temperature,
+        top_k=top_k,
+        top_p=defaults.top_p if request.top_p is None else request.top_p,
+        min_p=defaults.min_p if request.min_p is None else request.min_p,
+    )
+
+
+def resolve_max_tokens(request: CompletionRequest, *, prompt_tokens: int, context_tokens: int) -> int:
+    """New tokens allowed: what was asked for if it fits, else AnswerTooLong; by default 16 or what is left."""
+    room = context_tokens - prompt_tokens
+    if request.max_tokens is None:
+        return min(_DEFAULT_MAX_TOKENS, room)
+    if request.max_tokens > room:
+        raise AnswerTooLong(
+            prompt_tokens=prompt_tokens, max_tokens=request.max_tokens, context_tokens=context_tokens
+        )
+    return request.max_tokens
+
+
+def _at_most(count: int, limit: int, param: str) -> None:
+    if count > limit:
+        raise InvalidRequest(f"`{param}`: {count} are more than the {limit} allowed", param=param)

@@ -1,0 +1,149 @@
+"""The worker process: takes commands from the pipe, lets the engine step, sends what came of it.
+
+Knows processes and messages; knows neither HTTP nor text. It ends when its pipe does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import Final, NoReturn, Protocol
+
+import msgspec
+
+from config.errors import StartupError
+from config.settings import EngineSettings
+from decoding.messages import Abort, Command, Event, Failed, Generate, Loading, Ready, StepReport
+
+_PR_SET_PDEATHSIG: Final = 1
+# An idle worker reports this often, so that silence means a step that hangs.
+HEARTBEAT_S: Final = 1.0
+
+Progress = Callable[[str, float], None]
+
+
+class DecodingEngine(Protocol):
+    """What the worker needs of an engine; `decoding.engine.Engine` is one."""
+
+    @property
+    def ready(self) -> Ready:
+        """What to tell the API process once loaded."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would decode anything."""
+
+    def submit(self, request: Generate) -> None:
+        """Queue a sequence."""
+
+    def abort(self, sequence_ids: Iterable[int]) -> None:
+        """Drop sequences and free their blocks."""
+
+    def step(self) -> StepReport:
+        """Run one cycle."""
+
+    def report(self) -> StepReport:
+        """Say how full the engine is."""
+
+
+EngineLoader = Callable[[EngineSettings, Progress], DecodingEngine]
+
+
+def load_engine(settings: EngineSettings, progress: Progress) -> DecodingEngine:
+    """Load the real engine; the import of torch happens here, in the worker."""
+    from decoding.engine import Engine
+
+    return Engine.load(settings, progress=progress)
+
+
+def main(connection: Connection, settings_json: str, load: EngineLoader, parent_pid: int) -> None:
+    """Entry of the spawned process: load, say so, then serve until the pipe ends."""
+    _leave_signals_to_parent(parent_pid)
+    link = _Link(connection)
+    try:
+        settings = EngineSettings.model_validate_json(settings_json)
+        engine = load(settings, lambda stage, fraction: link.send(Loading(stage, fraction)))
+    except StartupError as error:
+        link.send(Failed(" ".join(str(error).split())))
+        return
+    link.send(engine.ready)
+    serve(engine, link)
+
+
+class CommandLink(Protocol):
+    """Where commands come from and events go."""
+
+    def take(self, *, wait: bool) -> Sequence[Command]:
+        """Everything that arrived; with `wait`, after at most a heartbeat's time something or nothing."""
+
+    def send(self, event: Event) -> None:
+        """Pass an event to the API process."""
+
+
+def serve(engine: DecodingEngine, link: CommandLink) -> NoReturn:
+    """Drain commands, step, send; while idle, report once a heartbeat."""
+    while True:
+        for command in link.take(wait=not engine.has_work):
+            _apply(command, engine)
+        link.send(engine.step() if engine.has_work else engine.report())
+
+
+def _apply(command: Command, engine: DecodingEngine) -> None:
+    if isinstance(command, Abort):
+        engine.abort(command.sequence_ids)
+    else:
+        engine.submit(command)
+
+
+class _Link:
+    """The worker's end of the pipe. Commands are read by a thread, also during a long step.
+
+    Events go straight into the pipe: its buffer is the bounded queue, and a thread in between would wait for
+    the interpreter lock just when the next step takes it.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="commands", daemon=True).start()
+
+    def take(self, *, wait: bool) -> Sequence[Command]:
+        commands: list[Command] = []
+        try:
+            if wait:
+                commands.append(self._commands.get(timeout=HEARTBEAT_S))
+            while True:
+                commands.append(self._commands.get_nowait())
+        except queue.Empty:
+            return commands
+
+    def send(self, event: Event) -> None:
+        try:
+            self._connection.send_bytes(self._encoder.encode(event))
+        except OSError:
+            os._exit(0)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._commands.put(self._decoder.decode(self._connection.recv_bytes()))
+        except (EOFError, OSError):
+            # The API process is gone; nobody is left to decode for, whatever the main thread is doing.
+            os._exit(0)
+
+
+def _leave_signals_to_parent(parent_pid: int) -> None:
+    """Ctrl-C is the API process's to handle; its death, however sudden, is this process's end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(0)
