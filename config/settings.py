@@ -6,7 +6,7 @@ Knows ranges and precedence; knows nothing of what a checkpoint allows. The only
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
@@ -170,7 +170,7 @@ class Settings(ServerSettings, EngineSettings, BaseSettings):
         """Combine `flags` (by field name, only those given) with the other sources. Raises SettingsError."""
         _refuse_unknown_variables(os.environ)
         for key in flags:
-            _refuse_unknown(key, cls.model_fields, "flag")
+            refuse_unknown(key, cls.model_fields, "flag")
         try:
             return cls(**dict(flags))  # type: ignore[arg-type]
         except ValidationError as error:
@@ -222,7 +222,7 @@ def _read_yaml(path: Path) -> dict[str, object]:
         raise SettingsError(f"config {path}: must hold `key: value` lines, found a {type(content).__name__}")
     values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
     for key in values:
-        _refuse_unknown(key, Settings.model_fields.keys() - {"config"}, f"setting in {path}")
+        refuse_unknown(key, Settings.model_fields.keys() - {"config"}, f"setting in {path}")
     return values
 
 
@@ -230,10 +230,11 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     known = {variable_name(field) for field in Settings.model_fields}
     for name in sorted(environment):
         if name.upper().startswith(ENV_PREFIX):
-            _refuse_unknown(name.upper(), known, "environment variable")
+            refuse_unknown(name.upper(), known, "environment variable")
 
 
-def _refuse_unknown(key: str, known: Mapping[str, object] | set[str], kind: str) -> None:
+def refuse_unknown(key: str, known: Collection[str], kind: str) -> None:
+    """Raise a SettingsError that names the nearest of `known`, unless `key` is one of them."""
     if key in known:
         return
     nearest = get_close_matches(key, list(known), n=1, cutoff=0.5)

@@ -8,26 +8,30 @@ Shapes: N tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.messages import SamplingParams
+from decoding.noise import seed_keys
+
+_FIRST_RANKED: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters of N tokens as columns, and what the whole batch can skip.
 
-    `seeds_N` is int64; `top_ks_N` int64 with 0 for off; the rest float64.
+    `keys_2N` holds the seeds as the noise uses them; `top_ks_N` is int64 with 0 for off; the rest float64.
     """
 
     temperatures_N: Tensor
     top_ks_N: Tensor
     top_ps_N: Tensor
     min_ps_N: Tensor
-    seeds_N: Tensor
+    keys_2N: Tensor
     any_sampled: bool
     all_sampled: bool
     any_truncated: bool
@@ -45,7 +49,7 @@ class Sampling:
             top_ks_N=top_ks.long(),
             top_ps_N=top_ps,
             min_ps_N=min_ps,
-            seeds_N=torch.tensor(seeds, dtype=torch.int64, device=device),
+            keys_2N=seed_keys(seeds).to(device),
             any_sampled=bool(sampled.any()),
             all_sampled=bool(sampled.all()),
             any_truncated=bool((((table[:, 1] > 0) | (table[:, 2] < 1)) & sampled).any()),
@@ -61,7 +65,7 @@ class Sampling:
             top_ks_N=self.top_ks_N[index_M],
             top_ps_N=self.top_ps_N[index_M],
             min_ps_N=self.min_ps_N[index_M],
-            seeds_N=self.seeds_N[index_M],
+            keys_2N=self.keys_2N[:, index_M],
             any_sampled=self.any_sampled,
             all_sampled=self.all_sampled,
             any_truncated=self.any_truncated,
@@ -93,14 +97,38 @@ def _drop_improbable(scores_NV: Tensor, sampling: Sampling) -> None:
 def _truncate(scores_NV: Tensor, sampling: Sampling) -> None:
     """Keep the `top_k` best, then the fewest whose probabilities reach `top_p`."""
     vocab_size = scores_NV.shape[-1]
-    ranked_NV = scores_NV.sort(-1, descending=True).values
-    top_ks_N = torch.where(sampling.top_ks_N > 0, sampling.top_ks_N, vocab_size).clamp(max=vocab_size)
-    ranks_V = torch.arange(vocab_size, device=scores_NV.device)
-    ranked_NV.masked_fill_(ranks_V >= top_ks_N[:, None], -torch.inf)
-    probabilities_NV = ranked_NV.softmax(-1)
-    mass_before_NV = probabilities_NV.cumsum(-1).sub_(probabilities_NV)
+    # Ranking a whole vocabulary costs more than a layer; on a CPU the cut is first sought among the best.
+    for width in (_FIRST_RANKED, vocab_size) if scores_NV.device.type == "cpu" else (vocab_size,):
+        cut = _cut(scores_NV, sampling, min(width, vocab_size))
+        if cut is not None:
+            scores_NV.masked_fill_(scores_NV < cut[:, None], -torch.inf)
+            return
+
+
+def _cut(scores_NV: Tensor, sampling: Sampling, width: int) -> Tensor | None:
+    """The lowest score [N] that each row keeps; None if it is not among the `width` best of every row."""
+    is_whole = width == scores_NV.shape[-1]
+    ranked_NW = _ranked(scores_NV) if is_whole else scores_NV.topk(width).values
+    ranks_W = torch.arange(width, device=scores_NV.device)
+    has_top_k_N = sampling.top_ks_N > 0
+    outside_NW = has_top_k_N[:, None] & (ranks_W >= sampling.top_ks_N[:, None])
+    inside_NW = ranked_NW.masked_fill(outside_NW, -torch.inf)
+    total_N = torch.where(has_top_k_N, inside_NW.logsumexp(-1), scores_NV.logsumexp(-1))
+    probabilities_NW = (inside_NW - total_N[:, None]).exp_()
+    mass_before_NW = probabilities_NW.cumsum(-1).sub_(probabilities_NW)
     # Rank 0 always stays: the mass before it is 0, and top_p is positive.
-    top_ps_N1 = torch.where(sampling.top_ps_N < 1, sampling.top_ps_N, torch.inf).to(scores_NV)[:, None]
-    num_kept_N = ((mass_before_NV < top_ps_N1) & (ranks_V < top_ks_N[:, None])).sum(-1)
-    cutoff_N1 = ranked_NV.gather(-1, (num_kept_N - 1)[:, None])
-    scores_NV.masked_fill_(scores_NV < cutoff_N1, -torch.inf)
+    top_ps_N = torch.where(sampling.top_ps_N < 1, sampling.top_ps_N, torch.inf).to(scores_NV)
+    num_kept_N = ((mass_before_NW < top_ps_N[:, None]) & ~outside_NW).sum(-1)
+    is_free_N = ~has_top_k_N & (sampling.top_ps_N >= 1)
+    is_settled_N = is_free_N | (num_kept_N < width) | (sampling.top_ks_N == width)
+    if not is_whole and not bool(is_settled_N.all()):
+        return None
+    return ranked_NW.gather(-1, (num_kept_N - 1)[:, None])[:, 0].masked_fill(is_free_N, -torch.inf)
+
+
+def _ranked(scores_NV: Tensor) -> Tensor:
+    """Scores of each row from best to worst."""
+    if scores_NV.device.type == "cpu":
+        # numpy sorts rows of this length several times faster than torch does.
+        return torch.from_numpy(np.sort(scores_NV.numpy(), axis=-1)[:, ::-1].copy())
+    return scores_NV.sort(-1, descending=True).values

@@ -32,7 +32,7 @@ class Codec:
         self._encoding = asyncio.Semaphore(_MAX_ENCODING)
 
     async def encode(self, prompt: Prompt) -> list[int]:
-        """The prompt's ids, at least one and all in the vocabulary. Raises InvalidRequest and PromptTooLong."""
+        """The prompt's ids, at least one, all in the vocabulary. Raises InvalidRequest and PromptTooLong."""
         token_ids = await self._encode_text(prompt) if isinstance(prompt, str) else self._check_ids(prompt)
         if not token_ids:
             raise InvalidRequest("the prompt is empty; it must have at least one token", param="prompt")

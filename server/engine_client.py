@@ -225,6 +225,7 @@ class EngineClient:
             self._listener.loading(event.stage, event.fraction)
         elif isinstance(event, Ready):
             self._ready, self.state = event, WorkerState.READY
+            self.load = Load(num_free_blocks=event.limits.num_blocks)
             self._observer.worker_ready(event)
             self._listener.ready(event)
         else:

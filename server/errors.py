@@ -6,8 +6,7 @@ Knows statuses and words; knows nothing of when to raise them. What a client sen
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from fastapi import FastAPI, Request
@@ -15,16 +14,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-_log = logging.getLogger("layerskip.errors")
-
 
 class ApiError(Exception):
-    """A request that is not served. `param` names the request field at fault, when one is."""
+    """A request that is not served. `param` names the request field at fault, when one is.
+
+    `rejection` is the label it is counted under when nothing had been let in yet.
+    """
 
     status: ClassVar[int] = 400
     type: ClassVar[str] = "invalid_request_error"
     code: ClassVar[str | None] = None
-    reason: ClassVar[str] = "invalid"
+    rejection: ClassVar[str | None] = "invalid"
     retry_after_s: ClassVar[int | None] = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
@@ -51,7 +51,7 @@ class UnsupportedParameter(ApiError):
     """A parameter that OpenAI or its peers know and this server does not offer."""
 
     code = "unsupported_parameter"
-    reason = "unsupported"
+    rejection = "unsupported"
 
     def __init__(self, name: str) -> None:
         super().__init__(f"`{name}` is not supported; leave it out", param=name)
@@ -61,7 +61,7 @@ class PromptTooLong(ApiError):
     """The prompt leaves no room for one new token."""
 
     code = "context_length_exceeded"
-    reason = "context"
+    rejection = "context"
 
     def __init__(self, *, what: str, limit_tokens: int) -> None:
         super().__init__(f"the prompt has {what}; at most {limit_tokens} tokens fit", param="prompt")
@@ -71,7 +71,7 @@ class AnswerTooLong(ApiError):
     """Prompt and `max_tokens` together exceed the context."""
 
     code = "context_length_exceeded"
-    reason = "context"
+    rejection = "context"
 
     def __init__(self, *, prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
         super().__init__(
@@ -86,7 +86,7 @@ class ModelNotFound(ApiError):
 
     status = 404
     code = "model_not_found"
-    reason = "model"
+    rejection = "model"
 
     def __init__(self, asked: str, *, served: str) -> None:
         super().__init__(f"model `{asked[:100]}` is not served here; `{served}` is", param="model")
@@ -98,7 +98,7 @@ class QueueFull(ApiError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
-    reason = "queue_full"
+    rejection = "queue_full"
     retry_after_s = 1
 
     def __init__(self, *, num_open: int, limit: int) -> None:
@@ -111,7 +111,7 @@ class Unavailable(ApiError):
     status = 503
     type = "server_error"
     code = "unavailable"
-    reason = "unavailable"
+    rejection = "unavailable"
     retry_after_s = 1
 
 
@@ -121,7 +121,7 @@ class WorkerLost(ApiError):
     status = 500
     type = "server_error"
     code = "worker_lost"
-    reason = "worker_lost"
+    rejection = None
 
 
 class SlowReader(ApiError):
@@ -130,7 +130,7 @@ class SlowReader(ApiError):
     status = 408
     type = "server_error"
     code = "slow_reader"
-    reason = "slow_reader"
+    rejection = None
 
 
 def error_body(
@@ -140,25 +140,40 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def register_error_answers(app: FastAPI) -> None:
-    """Make every failure of `app` answer in the one shape."""
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(Exception, _answer_bug)
+class ErrorAnswers:
+    """Answers every failure of an application in the one shape. `count` is told why a request was refused."""
 
+    def __init__(self, *, count: Callable[[str], None]) -> None:
+        self._count = count
 
-async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, ApiError)
-    request.scope["layerskip.rejection"] = error.reason
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    def register(self, app: FastAPI) -> None:
+        """Answer for `app` from now on."""
+        app.add_exception_handler(ApiError, self._answer_api_error)
+        app.add_exception_handler(RequestValidationError, self._answer_validation_error)
+        app.add_exception_handler(HTTPException, self._answer_http_error)
+        app.add_exception_handler(Exception, self._answer_bug)
 
+    async def _answer_api_error(self, _: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        if error.rejection is not None:
+            self._count(error.rejection)
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
-async def _answer_validation_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param, message = _describe(first["type"], first["loc"], first["msg"])
-    return await _answer_api_error(request, InvalidRequest(message, param=param))
+    async def _answer_validation_error(self, request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        param, message = _describe(first["type"], first["loc"], first["msg"])
+        return await self._answer_api_error(request, InvalidRequest(message, param=param))
+
+    async def _answer_http_error(self, _: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        body = error_body(str(error.detail), kind="invalid_request_error")
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    async def _answer_bug(self, _: Request, __: Exception) -> JSONResponse:
+        """Say nothing of the inside; the traceback is in the log, under the request's id."""
+        body = error_body("internal error", kind="server_error", code="internal_error")
+        return JSONResponse(body, status_code=500)
 
 
 def _describe(kind: str, location: Sequence[int | str], message: str) -> tuple[str | None, str]:
@@ -170,16 +185,3 @@ def _describe(kind: str, location: Sequence[int | str], message: str) -> tuple[s
         return None, "the body must be a JSON object, sent with `Content-Type: application/json`"
     reason = message.removeprefix("Value error, ")
     return fields[0], f"`{fields[0]}`: {reason[0].lower()}{reason[1:]}"
-
-
-async def _answer_http_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
-    request.scope["layerskip.rejection"] = "invalid"
-    body = error_body(str(error.detail), kind="invalid_request_error")
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
-
-
-async def _answer_bug(request: Request, error: Exception) -> JSONResponse:
-    """Say nothing of the inside; the traceback is in the log, under the request's id."""
-    body = error_body("internal error", kind="server_error", code="internal_error")
-    return JSONResponse(body, status_code=500)

@@ -6,13 +6,14 @@ Pure: a request goes in, and either what was asked for comes out or the refusal 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from config.settings import ServerSettings
 from decoding.messages import Limits, SamplingParams
 from server.errors import AnswerTooLong, InvalidRequest
 from server.openai_types import CompletionRequest
 
-_DEFAULT_MAX_TOKENS = 16
+_DEFAULT_MAX_TOKENS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def resolve_sampling(request: CompletionRequest, defaults: SamplingParams) -> Sa
 
 
 def resolve_max_tokens(request: CompletionRequest, *, prompt_tokens: int, context_tokens: int) -> int:
-    """New tokens allowed: what was asked for if it fits, else AnswerTooLong; by default 16 or what is left."""
+    """New tokens allowed: by default 16 or what is left. Raises AnswerTooLong if more was asked for."""
     room = context_tokens - prompt_tokens
     if request.max_tokens is None:
         return min(_DEFAULT_MAX_TOKENS, room)

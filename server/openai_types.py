@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, TypedDict
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+    model_validator,
+)
 
 from server.errors import InvalidRequest, UnsupportedParameter
 
@@ -60,6 +68,15 @@ _UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "use_beam_search": (False,),
 }
 
+_PROMPT_SCHEMA: Final = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}, "minItems": 1},
+    ]
+}
+
 
 def _parse_prompts(value: object) -> tuple[Prompt, ...]:
     """One text, one list of ids, or a list of either, told apart by the first element alone.
@@ -109,7 +126,7 @@ def _none_if_auto(value: object) -> object:
 _Integer = Annotated[int, Field(strict=True)]
 _Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Flag = Annotated[bool, Field(strict=True)]
-_Auto = Annotated[int | None, BeforeValidator(_none_if_auto), Field(strict=True)]
+_Auto = Annotated[_Integer | None, BeforeValidator(_none_if_auto)]
 
 
 class StreamOptions(BaseModel):
@@ -127,16 +144,16 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
 
     model: str | None = Field(default=None, max_length=1024)
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompts)]
-    max_tokens: Annotated[_Integer, Field(ge=1)] | None = None
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_parse_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    max_tokens: Annotated[_Integer, Field(ge=1, le=2**31 - 1)] | None = None
     temperature: Annotated[_Real, Field(ge=0, le=2)] | None = None
     top_p: Annotated[_Real, Field(gt=0, le=1)] | None = None
     top_k: Annotated[_Integer, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[_Real, Field(ge=0, le=1)] | None = None
     seed: Annotated[_Integer, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_as_list)] = None
-    n: Annotated[_Integer, Field(ge=1)] | None = None
-    best_of: Annotated[_Integer, Field(ge=1)] | None = None
+    n: Annotated[_Integer, Field(ge=1, le=2**31 - 1)] | None = None
+    best_of: Annotated[_Integer, Field(ge=1, le=2**31 - 1)] | None = None
     echo: _Flag | None = None
     stream: _Flag | None = None
     stream_options: StreamOptions | None = None

@@ -1,0 +1,141 @@
+"""The command line: `layerskip serve`.
+
+Knows flags, the listening socket and exit codes; everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import logging
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from config.errors import SettingsError, StartupError
+from config.settings import Settings, default_text, flag_name, refuse_unknown, variable_name
+
+if TYPE_CHECKING:
+    from server.worker import EngineLoader
+
+app = typer.Typer(
+    name="layerskip", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+_LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_BACKLOG: Final = 2048
+# Unknown flags are left to us, so that the refusal is one line like every other.
+_FLAGS_PASS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+@app.callback()
+def layerskip() -> None:
+    """Serve LayerSkip checkpoints with batched self-speculative decoding."""
+
+
+def _with_settings_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command` a flag for every setting. Values stay text: the settings model alone judges them."""
+    parameters = [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        _parameter(
+            "checkpoint", typer.Argument(metavar="MODEL", help="Same as --model.", show_default=False)
+        ),
+    ]
+    for name, field in Settings.model_fields.items():
+        help_text = f"{field.description} [{variable_name(name)}; default: {default_text(name, field)}]"
+        option = typer.Option(flag_name(name), metavar="VALUE", help=help_text, show_default=False)
+        parameters.append(_parameter(name, option))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameter(name: str, kind: object) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, kind]
+    )
+
+
+@app.command(context_settings=_FLAGS_PASS)
+@_with_settings_flags
+def serve(context: typer.Context, **values: str | None) -> None:
+    """Serve a checkpoint over HTTP; without MODEL, the bundled one. Flags win over LAYERSKIP_* variables,
+    these over the YAML file of --config, and that over the defaults.
+    """
+    from server.worker import load_engine
+
+    try:
+        exit_code = run(chosen_settings(context.args, values), load=load_engine)
+    except StartupError as error:
+        _complain(str(error))
+        raise typer.Exit(1) from error
+    raise typer.Exit(exit_code)
+
+
+def chosen_settings(extra: list[str], values: Mapping[str, str | None]) -> Settings:
+    """Settings from the flags that were given. Raises SettingsError, also for what is no flag at all."""
+    flags = {name: value for name, value in values.items() if value is not None}
+    checkpoint = flags.pop("checkpoint", None)
+    for word in [checkpoint or "", *extra]:
+        if word.startswith("-"):
+            refuse_unknown(word.partition("=")[0], [*map(flag_name, Settings.model_fields)], "flag")
+    if extra:
+        raise SettingsError(f"unexpected argument {extra[0]}: `serve` takes one MODEL")
+    if checkpoint is not None and flags.setdefault("model", checkpoint) != checkpoint:
+        raise SettingsError(f"model {checkpoint}: --model says {flags['model']}; give one of them")
+    return Settings.load(flags)
+
+
+def run(settings: Settings, *, load: EngineLoader) -> int:
+    """Serve until a signal comes; returns the exit code. Raises SettingsError when the port is taken."""
+    from server.app import create_app
+    from server.banner import Terminal
+    from server.http_server import HttpServer
+
+    logging.basicConfig(level=settings.log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # The port is taken before the worker starts: loading a model to then find it busy helps nobody.
+    with listen(settings.host, settings.port) as listener:
+        terminal = Terminal(sys.stderr, url=url_of(listener), model_name=settings.model_name)
+        HttpServer(create_app(settings, load=load, listener=terminal), terminal).serve_until_signal(listener)
+    return 1 if terminal.has_failed else 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises SettingsError if it cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        raise _explain(error, host, port) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The URL that reaches a listening socket from this machine."""
+    host, port = listener.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"
+
+
+def _explain(error: OSError, host: str, port: int) -> SettingsError:
+    if isinstance(error, socket.gaierror):
+        return SettingsError(f"host {host}: no such address; pass --host")
+    if error.errno == errno.EADDRINUSE:
+        return SettingsError(f"port {port} is in use; pass --port")
+    return SettingsError(f"cannot listen on {host} port {port}: {error.strerror}; pass --host or --port")
+
+
+def _complain(message: str) -> None:
+    print(f"layerskip: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry of the `layerskip` command."""
+    app()

@@ -1,0 +1,60 @@
+"""One model as requests see it: its name, its worker, its tokenizer and its numbers.
+
+Knows how these belong together; several models are several of these.
+"""
+
+from __future__ import annotations
+
+import time
+
+from config.settings import Settings
+from decoding.messages import Ready, StepReport
+from server.codec import Codec
+from server.engine_client import EngineClient, StartListener
+from server.errors import ModelNotFound, Unavailable
+from server.metrics import Metrics
+from server.supervisor import WorkerProcess
+from server.worker import EngineLoader
+
+
+class ServedModel:
+    """Starts and stops one model's worker; requests take client, codec and metrics from here."""
+
+    def __init__(self, settings: Settings, *, load_engine: EngineLoader, listener: StartListener) -> None:
+        self.settings = settings
+        self.name = settings.model_name
+        self.metrics = Metrics(model_name=self.name)
+        self.client = EngineClient(
+            WorkerProcess(settings.engine, load_engine=load_engine),
+            max_queued=settings.max_queued_requests,
+            observer=self,
+            listener=listener,
+        )
+        self.metrics.watch(self.client)
+        self.created_s = int(time.time())
+        self._codec: Codec | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """The tokenizer. Raises Unavailable until the worker has handed it over."""
+        if self._codec is None:
+            raise Unavailable("the model is loading")
+        return self._codec
+
+    def answer_to(self, name: str | None) -> None:
+        """Check that a request means this model; no name means it too. Raises ModelNotFound."""
+        if name is not None and name != self.name:
+            raise ModelNotFound(name, served=self.name)
+
+    def worker_ready(self, ready: Ready) -> None:
+        """Take over what the worker says of its model."""
+        self._codec = Codec(ready.text, ready.limits)
+        self.metrics.worker_ready(ready)
+
+    def step(self, report: StepReport) -> None:
+        """Count a step."""
+        self.metrics.step(report)
+
+    def discarded(self, num_tokens: int) -> None:
+        """Count tokens nobody waits for."""
+        self.metrics.discarded(num_tokens)

@@ -1,0 +1,135 @@
+"""Breaks one rule of the engine at a time, in a copy of the tree, and checks that its test turns red.
+
+Run as `python -m tests.mutants` from the repository's root. Exits with 1 if a mutant survives, or if a test
+is red before anything was broken.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("config", "decoding", "server", "tests", "docker", "pyproject.toml")
+EXACTNESS = "tests/test_exactness.py"
+MIXES = f"{EXACTNESS}::test_random_mixes_equal_naive_decoding"
+TRANSPARENT = f"{EXACTNESS}::test_drafts_of_a_model_whose_later_layers_add_nothing_are_all_kept"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A rule, the line that holds it, what breaks it, and the test that must notice."""
+
+    rule: str
+    file: str
+    line: str
+    broken: str
+    test: str
+
+
+MUTANTS = (
+    Mutant(
+        "a refused draft ends the kept run",
+        "decoding/acceptance.py",
+        "equal_BK.long().cumprod(1).sum(1)",
+        "equal_BK.long().sum(1)",
+        MIXES,
+    ),
+    Mutant(
+        "computed positions are rewound to the committed tokens",
+        "decoding/scheduler.py",
+        "sequence.num_computed = len(sequence.token_ids) - 1",
+        "sequence.num_computed = min(sequence.num_computed + share.num_tokens, len(sequence.token_ids))",
+        MIXES,
+    ),
+    Mutant(
+        "verification starts from the exit hidden of its own position",
+        "decoding/verification.py",
+        "drafts.exits_BKD.view(-1, width)",
+        "drafts.exits_BKD.roll(1, dims=1).view(-1, width)",
+        MIXES,
+    ),
+    Mutant(
+        "only blocks computed in all layers are published",
+        "decoding/blocks.py",
+        "return num_computed // block_size",
+        "return (num_computed + 1) // block_size",
+        f"{EXACTNESS}::test_a_prompt_that_continues_a_finished_row_reads_only_what_was_computed",
+    ),
+    Mutant(
+        "the noise is keyed by the position",
+        "decoding/noise.py",
+        "_mix(keys_2N + positions_N.to(torch.int32))",
+        "_mix(keys_2N + 0 * positions_N.to(torch.int32))",
+        MIXES,
+    ),
+    Mutant(
+        "a draft is chosen with the noise of its own position",
+        "decoding/drafting.py",
+        "plan.num_computed_B[rows_P] + step + 1",
+        "plan.num_computed_B[rows_P] + step",
+        TRANSPARENT,
+    ),
+    Mutant(
+        "a draft is chosen with the processors of its own row",
+        "decoding/drafting.py",
+        "plan.sampling.take(rows)",
+        "plan.sampling.take(rows.sort().values)",
+        TRANSPARENT,
+    ),
+    Mutant(
+        "the last prompt token is always computed",
+        "decoding/scheduler.py",
+        "hit = self._pool.find_prefix(sequence.token_ids, max_tokens=len(sequence.token_ids) - 1)\n"
+        "        sequence.block_ids",
+        "hit = self._pool.find_prefix(sequence.token_ids, max_tokens=len(sequence.token_ids))\n"
+        "        sequence.block_ids",
+        f"{EXACTNESS}::test_a_cached_prompt_still_computes_its_last_token",
+    ),
+)
+
+
+def run_test(tree: Path, test: str) -> bool:
+    """Whether the test passes in this tree."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    return subprocess.run(command, cwd=tree, capture_output=True, check=False).returncode == 0
+
+
+def copy_tree(folder: Path) -> Path:
+    for name in COPIED:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, folder / name)
+    return folder
+
+
+def survives(mutant: Mutant) -> bool:
+    """Break the rule in a fresh copy; whether its test still passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = copy_tree(Path(folder))
+        path = tree / mutant.file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(mutant.line) == 1, f"{mutant.file}: the line of «{mutant.rule}» has changed"
+        path.write_text(text.replace(mutant.line, mutant.broken), encoding="utf-8")
+        return run_test(tree, mutant.test)
+
+
+def main() -> int:
+    red_before = [test for test in sorted({m.test for m in MUTANTS}) if not run_test(ROOT, test)]
+    for test in red_before:
+        print(f"red before anything was broken: {test}")
+    num_survivors = 0
+    for mutant in MUTANTS:
+        is_alive = survives(mutant)
+        num_survivors += is_alive
+        print(f"{'SURVIVED' if is_alive else 'caught  '} {mutant.rule}", flush=True)
+    print(f"{len(MUTANTS) - num_survivors} of {len(MUTANTS)} mutants caught")
+    return 1 if num_survivors or red_before else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
