@@ -48,7 +48,7 @@ class Cycle:
         return Result(chosen=chosen, draft_s=drafted - started, verify_s=self._clock() - drafted)
 
     def _draft(self, plan: Plan, slots_BT: Ints, fed_N: Tensor) -> Drafts | None:
-        if not plan.draft_lengths_B.any():
+        if plan.draft_lengths_B[0] == 0:
             return None
         last_B = torch.from_numpy(np.cumsum(plan.num_fed_B) - 1).to(self._device)
         return self._drafter.draft(plan, slots_BT, fed_N[last_B])
@@ -58,13 +58,20 @@ class Cycle:
             kept_B = choices_BQ.new_zeros(plan.num_rows)
         else:
             draft_lengths_B = torch.from_numpy(plan.draft_lengths_B).to(self._device)
-            kept_B = num_kept(drafts.ids_BK, choices_BQ, draft_lengths_B)
+            kept_B = num_kept(self._padded(plan, drafts), choices_BQ, draft_lengths_B)
         # The step's one copy from the device.
         rows = torch.cat((kept_B[:, None], choices_BQ), dim=1).tolist()
         return tuple(
             tuple(choices[: kept + 1]) if chooses else ()
             for (kept, *choices), chooses in zip(rows, plan.chooses_B, strict=True)
         )
+
+    def _padded(self, plan: Plan, drafts: Drafts) -> Tensor:
+        """Drafts as [B, K]; anything stands past a row's draft length."""
+        steps_K = np.arange(plan.draft_lengths_B[0])
+        rows_B1 = np.arange(plan.num_rows)[:, None]
+        index_BK = np.where(steps_K < plan.draft_lengths_B[:, None], drafts.index(rows_B1, steps_K), 0)
+        return drafts.ids_M[torch.from_numpy(index_BK).to(self._device)]
 
     def _slots(self, blocks_BW: Ints) -> Ints:
         size = len(self._offsets)

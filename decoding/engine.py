@@ -5,6 +5,7 @@ Knows token ids, not text. Runs in one thread; usable without a server.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -53,8 +54,7 @@ class Engine:
     def load(cls, settings: EngineSettings, *, progress: Progress = _ignore) -> Engine:
         """Read the checkpoint and allocate the cache. Raises CheckpointError or SettingsError."""
         clock = time.perf_counter
-        if settings.num_threads is not None:
-            torch.set_num_threads(settings.num_threads)
+        torch.set_num_threads(settings.num_threads or default_num_threads())
         checkpoint = open_checkpoint(settings.model, revision=settings.revision)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, checkpoint.shape.stored_dtype, device)
@@ -148,6 +148,11 @@ def build_runtime(
     model = LlamaDecoder(weights, attention)
     cycle = Cycle(model, attention, block_size=capacity.block_size, clock=time.perf_counter)
     return Runtime(model=model, cycle=cycle), capacity
+
+
+def default_num_threads() -> int:
+    """All cores but one, which is left to the API process: threads that wait for a core cost milliseconds."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def pick_device(wanted: str) -> torch.device:

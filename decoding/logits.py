@@ -7,7 +7,7 @@ Shapes: N tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -58,18 +58,20 @@ class Sampling:
 
     def take(self, index_M: Tensor) -> Sampling:
         """The columns at `index_M` (int64, repeats allowed), in that order."""
-        if not self.any_sampled:
-            return self
-        return Sampling(
-            temperatures_N=self.temperatures_N[index_M],
-            top_ks_N=self.top_ks_N[index_M],
-            top_ps_N=self.top_ps_N[index_M],
-            min_ps_N=self.min_ps_N[index_M],
-            keys_2N=self.keys_2N[:, index_M],
-            any_sampled=self.any_sampled,
-            all_sampled=self.all_sampled,
-            any_truncated=self.any_truncated,
-            any_min_p=self.any_min_p,
+        return self._at(index_M) if self.any_sampled else self
+
+    def first(self, num_rows: int) -> Sampling:
+        """The first columns, as views."""
+        return self._at(slice(num_rows)) if self.any_sampled else self
+
+    def _at(self, index: Tensor | slice) -> Sampling:
+        return replace(
+            self,
+            temperatures_N=self.temperatures_N[index],
+            top_ks_N=self.top_ks_N[index],
+            top_ps_N=self.top_ps_N[index],
+            min_ps_N=self.min_ps_N[index],
+            keys_2N=self.keys_2N[:, index],
         )
 
 

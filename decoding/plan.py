@@ -21,7 +21,7 @@ class Plan:
 
     A row whose known tokens are all fed `chooses` its next token; the others are chunks of a longer prompt.
     A row with one token pending may draft: `draft_lengths_B[b]` tokens at `exit_layers_B[b]`; draft length 0
-    is plain decoding. Rows are in no particular order but that of `sequence_ids`.
+    is plain decoding. Rows come in the order of falling draft lengths.
     """
 
     sequence_ids: tuple[int, ...]

@@ -92,6 +92,7 @@ class Scheduler:
             assert share is not None
             shares.append(share)
             budget -= share.num_tokens
+        shares.sort(key=lambda share: -share.draft_length)
         self._planned = shares
         return self._as_plan(shares) if shares else None
 

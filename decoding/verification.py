@@ -66,7 +66,7 @@ class Verifier:
         positions_M = plan.num_computed_B[rows_M] + steps_N[chosen_M] + 1
         if len(chosen_M) < len(hidden_ND):
             hidden_ND = hidden_ND[self._on_device(chosen_M)]
-        choices_BQ = fed_N.new_zeros(plan.num_rows, int(plan.draft_lengths_B.max()) + 1)
+        choices_BQ = fed_N.new_zeros(plan.num_rows, int(plan.draft_lengths_B[0]) + 1)
         rows = self._on_device(rows_M)
         choices_BQ[rows, self._on_device(columns_M)] = choose(
             self._model.logits(hidden_ND), plan.sampling.take(rows), self._on_device(positions_M)
@@ -83,7 +83,7 @@ class Verifier:
             if first > 0:
                 assert drafts is not None
                 joined = self._standing(plan, first)
-                hidden_ND = self._join(plan, standing, joined, hidden_ND, drafts)
+                hidden_ND = self._join(standing, joined, hidden_ND, drafts)
                 standing = joined
             queries = self._attention.queries(
                 slots_BT, plan.num_computed_B + standing.skipped_B, standing.counts_B
@@ -105,25 +105,18 @@ class Verifier:
         if drafts is None:
             return fed_N
         rows_N, steps_N = entering.rows_N, entering.steps_N
-        fed_firsts_B = np.cumsum(plan.num_fed_B) - plan.num_fed_B
-        num_drafts = drafts.ids_BK.shape[1]
-        index_N = np.where(
-            plan.draft_lengths_B[rows_N] > 0,
-            len(fed_N) + rows_N * num_drafts + steps_N - 1,
-            fed_firsts_B[rows_N] + steps_N,
-        )
-        return torch.cat((fed_N, drafts.ids_BK.view(-1)))[self._on_device(index_N)]
+        is_draft_N = plan.draft_lengths_B[rows_N] > 0
+        index_N = (np.cumsum(plan.num_fed_B) - plan.num_fed_B)[rows_N] + steps_N
+        index_N[is_draft_N] = len(fed_N) + drafts.index(rows_N[is_draft_N], steps_N[is_draft_N] - 1)
+        return torch.cat((fed_N, drafts.ids_M))[self._on_device(index_N)]
 
-    def _join(self, plan: Plan, before: _Tokens, after: _Tokens, hidden_ND: Tensor, drafts: Drafts) -> Tensor:
+    def _join(self, before: _Tokens, after: _Tokens, hidden_ND: Tensor, drafts: Drafts) -> Tensor:
         """The tokens that run on, with the exit hiddens of the rows whose exit layer this is in their places."""
         rows_N, steps_N = after.rows_N, after.steps_N
-        num_drafts, width = drafts.exits_BKD.shape[1:]
-        index_N = np.where(
-            steps_N < before.skipped_B[rows_N],
-            len(hidden_ND) + rows_N * num_drafts + steps_N,
-            before.firsts_B[rows_N] + steps_N - before.skipped_B[rows_N],
-        )
-        return torch.cat((hidden_ND, drafts.exits_BKD.view(-1, width)))[self._on_device(index_N)]
+        waits_N = steps_N < before.skipped_B[rows_N]
+        index_N = (before.firsts_B - before.skipped_B)[rows_N] + steps_N
+        index_N[waits_N] = len(hidden_ND) + drafts.index(rows_N[waits_N], steps_N[waits_N])
+        return torch.cat((hidden_ND, drafts.exits_MD))[self._on_device(index_N)]
 
     def _on_device(self, array: Ints) -> Tensor:
         return torch.from_numpy(array).to(self._model.device)

@@ -39,6 +39,7 @@ class TensorFiles:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder = folder
         self._stack = stack
+        self._opened: dict[Path, safe_open] = {}
         self._file_of = _file_of_tensors(folder, self._open)
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -57,10 +58,13 @@ class TensorFiles:
         out.copy_(stored[:])
 
     def _open(self, path: Path) -> safe_open:
+        if path in self._opened:
+            return self._opened[path]
         if not path.is_file():
             raise CheckpointError(f"{path}: missing, but {_INDEX} names it")
         try:
-            return self._stack.enter_context(safe_open(path, framework="pt"))
+            self._opened[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            return self._opened[path]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 

@@ -79,7 +79,7 @@ class ChunkEncoder:
             "created": plan.created_s,
             "model": completion.model_name,
         }
-        self._prefix = f'data: {json.dumps(self._head)[:-1]}, "choices": [{{"index": '
+        self._prefix = f'data: {_json(self._head)[:-1]},"choices":[{{"index":'
         self._includes_usage = plan.request.includes_usage
         self._has_continuous_usage = plan.request.has_continuous_usage
 
@@ -97,16 +97,20 @@ class ChunkEncoder:
     def _chunk(self, chunk: Chunk) -> str:
         reason = "null" if chunk.finish_reason is None else f'"{chunk.finish_reason}"'
         return (
-            f'{self._prefix}{chunk.choice_index}, "text": {json.dumps(chunk.text)}, "logprobs": null, '
-            f'"finish_reason": {reason}, "stop_reason": {json.dumps(chunk.stop_reason)}}}]'
+            f'{self._prefix}{chunk.choice_index},"text":{_json(chunk.text)},"logprobs":null,'
+            f'"finish_reason":{reason},"stop_reason":{_json(chunk.stop_reason)}}}]'
             f"{self._tail()}}}\n\n"
         )
 
     def _tail(self) -> str:
         if self._has_continuous_usage:
-            return f', "usage": {json.dumps(self._completion.usage)}'
-        return ', "usage": null' if self._includes_usage else ""
+            return f',"usage":{_json(self._completion.usage)}'
+        return ',"usage":null' if self._includes_usage else ""
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _event(body: object) -> str:
-    return f"data: {json.dumps(body)}\n\n"
+    return f"data: {_json(body)}\n\n"

@@ -49,8 +49,8 @@ MUTANTS = (
     Mutant(
         "verification starts from the exit hidden of its own position",
         "decoding/verification.py",
-        "drafts.exits_BKD.view(-1, width)",
-        "drafts.exits_BKD.roll(1, dims=1).view(-1, width)",
+        "torch.cat((hidden_ND, drafts.exits_MD))",
+        "torch.cat((hidden_ND, drafts.exits_MD.roll(1, dims=0)))",
         MIXES,
     ),
     Mutant(
@@ -70,15 +70,15 @@ MUTANTS = (
     Mutant(
         "a draft is chosen with the noise of its own position",
         "decoding/drafting.py",
-        "plan.num_computed_B[rows_P] + step + 1",
-        "plan.num_computed_B[rows_P] + step",
+        "next_positions_B[:num_rows] + step",
+        "next_positions_B[:num_rows] + step - 1",
         TRANSPARENT,
     ),
     Mutant(
         "a draft is chosen with the processors of its own row",
         "decoding/drafting.py",
-        "plan.sampling.take(rows)",
-        "plan.sampling.take(rows.sort().values)",
+        "plan.sampling.first(num_rows)",
+        "plan.sampling.first(num_rows).take(torch.arange(num_rows).flip(0))",
         TRANSPARENT,
     ),
     Mutant(

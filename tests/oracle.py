@@ -35,7 +35,9 @@ def noise_word(seed: int, position: int, token_id: int) -> int:
 
 
 def gumbel(seed: int, position: int, vocab_size: int) -> np.ndarray:
-    words = np.array([noise_word(seed, position, token_id) for token_id in range(vocab_size)], dtype=np.float64)
+    words = np.array(
+        [noise_word(seed, position, token_id) for token_id in range(vocab_size)], dtype=np.float64
+    )
     return -np.log(-np.log1p(-(words + 0.5) * 2.0**-32))
 
 

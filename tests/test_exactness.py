@@ -42,10 +42,20 @@ class Lab:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    folder = make_checkpoint(tmp_path_factory.mktemp("lab"), num_layers=NUM_LAYERS, vocab=VOCAB, dtype=torch.float64)
+    folder = make_checkpoint(
+        tmp_path_factory.mktemp("lab"), num_layers=NUM_LAYERS, vocab=VOCAB, dtype=torch.float64
+    )
     engines = {
         size: Engine.load(
-            EngineSettings(model=str(folder), dtype="float64", device="cpu", num_threads=1, block_size=size, num_blocks=2048 // size, max_model_len=MAX_LEN)
+            EngineSettings(
+                model=str(folder),
+                dtype="float64",
+                device="cpu",
+                num_threads=1,
+                block_size=size,
+                num_blocks=2048 // size,
+                max_model_len=MAX_LEN,
+            )
         )
         for size in (4, 16)
     }
@@ -223,9 +233,15 @@ def test_drafts_of_a_model_whose_later_layers_add_nothing_are_all_kept(
 ) -> None:
     """Draft and full model then have the same logits, so the same noise and processors must choose alike."""
     folder = make_checkpoint(
-        tmp_path_factory.mktemp("transparent"), num_layers=4, vocab=VOCAB, dtype=torch.float64, transparent_from=2
+        tmp_path_factory.mktemp("transparent"),
+        num_layers=4,
+        vocab=VOCAB,
+        dtype=torch.float64,
+        transparent_from=2,
     )
-    engine = Engine.load(EngineSettings(model=str(folder), dtype="float64", device="cpu", num_threads=1, max_model_len=64))
+    engine = Engine.load(
+        EngineSettings(model=str(folder), dtype="float64", device="cpu", num_threads=1, max_model_len=64)
+    )
     sampling = SamplingParams(temperature=temperature, **filters)
     other = SamplingParams(temperature=1.0, top_k=2)
     rows = [
@@ -241,7 +257,9 @@ def test_drafts_of_a_model_whose_later_layers_add_nothing_are_all_kept(
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(lab: Lab) -> None:
     engine = lab.fresh_engine(block_size=16, num_blocks=128, max_num_seqs=8, budget=64)
     hot = SamplingParams(temperature=1.2)
-    requests = [one_request(sequence_id=i, seed=s, sampling=hot, draft_length=i) for i, s in enumerate([5, 5, 6])]
+    requests = [
+        one_request(sequence_id=i, seed=s, sampling=hot, draft_length=i) for i, s in enumerate([5, 5, 6])
+    ]
     events = engine.generate(requests)
     first, again, other = ([t for e in events[i] for t in e.token_ids] for i in range(3))
     assert first == again != other

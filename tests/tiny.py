@@ -45,8 +45,8 @@ def make_checkpoint(
 ) -> Path:
     """Write config, safetensors weights and tokenizer into `folder`, and return it.
 
-    `shards` splits the weights over several files with an index. Layers from `transparent_from` on add nothing
-    to the residual stream, so that every exit from there on gives the full model's logits.
+    `shards` splits the weights over several files with an index. Layers from `transparent_from` on add
+    nothing to the residual stream, so that every exit from there on gives the full model's logits.
     """
     config = LlamaConfig(
         vocab_size=vocab,
@@ -88,6 +88,10 @@ def _draw_weights(model: LlamaForCausalLM, std: float, generator: torch.Generato
         for name, weight in model.named_parameters():
             drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
             weight.copy_(1 + 0.2 * drawn if "norm" in name else std * drawn)
+        # Later layers add less, as in a trained model: this is what lets early exits agree now and then.
+        for depth, layer in enumerate(model.model.layers, start=1):
+            layer.self_attn.o_proj.weight /= depth
+            layer.mlp.down_proj.weight /= depth
 
 
 def _make_transparent(model: LlamaForCausalLM, first: int) -> None:

@@ -1,0 +1,1 @@
+"""Programs that measure; each ends with one JSON line. Nothing here is imported by the server."""

@@ -1,0 +1,25 @@
+"""Server processes that tests share, each started when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.server_process import REAL, SCRIPTED, Server, running
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real server with the bundled checkpoint on one thread; leave it idle and alive."""
+    with running(REAL, tmp_path_factory.mktemp("server"), "--num-threads", "1") as real:
+        real.wait_ready()
+        yield real
+
+
+@pytest.fixture(scope="session")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose engine is scripted; leave it idle and alive."""
+    with running(SCRIPTED, tmp_path_factory.mktemp("scripted"), "--max-n", "3") as fake:
+        fake.wait_ready()
+        yield fake

@@ -1,0 +1,169 @@
+"""An engine without a model: it repeats the prompt, and misbehaves when the prompt or the settings say so.
+
+It stands where `decoding.engine.Engine` stands, in the real worker process behind the real server.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from config.errors import StartupError
+from config.settings import BUNDLED_CHECKPOINT, EngineSettings
+from decoding.messages import (
+    CycleTimes,
+    Decoded,
+    FinishReason,
+    Generate,
+    Limits,
+    Load,
+    Ready,
+    SamplingParams,
+    StepReport,
+    TextAssets,
+)
+
+NUM_BLOCKS = 256
+END_OF_TEXT = 0
+
+
+def load(settings: EngineSettings, progress: Callable[[str, float], None]) -> ScriptedEngine:
+    """The name of the model is the script of its start."""
+    script = Path(settings.model).name
+    progress("script", 0.5)
+    if script == "refused":
+        raise StartupError("refused: this checkpoint\nis refused; pass another")
+    if script == "crashes":
+        raise RuntimeError("a bug while loading")
+    if script == "slow":
+        time.sleep(60)
+    return ScriptedEngine(settings)
+
+
+@dataclass
+class Script:
+    """One sequence: what it will say, and how far it is."""
+
+    request: Generate
+    answer: list[int]
+    text: str
+    num_said: int = 0
+    steps: int = 0
+
+
+@dataclass
+class ScriptedEngine:
+    """Runs every sequence from its start; a prompt that begins with `!` is a command.
+
+    `!slow` takes 20 ms a step, `!die` ends the process at its third step, `!hang` never returns from it,
+    `!raise` raises there, and `!end` ends with a stop token after four tokens.
+    """
+
+    settings: EngineSettings
+    tokenizer: Tokenizer = field(init=False)
+    ready: Ready = field(init=False)
+    running: dict[int, Script] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        text = (BUNDLED_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8")
+        self.tokenizer = Tokenizer.from_str(text)
+        self.ready = scripted_ready(self.settings, text)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def submit(self, request: Generate) -> None:
+        text = self.tokenizer.decode(request.prompt_ids)
+        answer = (request.prompt_ids * request.max_new_tokens)[: request.max_new_tokens]
+        if text.startswith("!end") and END_OF_TEXT in request.stop_token_ids:
+            answer = [*answer[:4], END_OF_TEXT]
+        self.running[request.sequence_id] = Script(request, answer, text)
+
+    def abort(self, sequence_ids: Iterable[int]) -> None:
+        for sequence_id in sequence_ids:
+            self.running.pop(sequence_id, None)
+
+    def step(self) -> StepReport:
+        decoded = [self._advance(script) for script in list(self.running.values())]
+        times = CycleTimes(draft_s=0.001, verify_s=0.002, host_s=0.0005, num_tokens=len(decoded))
+        return StepReport(decoded=decoded, load=self._load(), times=times)
+
+    def report(self) -> StepReport:
+        return StepReport(decoded=[], load=self._load())
+
+    def _load(self) -> Load:
+        used = 4 * len(self.running)
+        return Load(num_running=len(self.running), num_used_blocks=used, num_free_blocks=NUM_BLOCKS - used)
+
+    def _advance(self, script: Script) -> Decoded:
+        script.steps += 1
+        obey(script)
+        is_first = script.steps == 1
+        drafted = (
+            0 if is_first else min(script.request.draft_length, len(script.answer) - script.num_said - 1)
+        )
+        kept = min(drafted, script.steps % 3)
+        said = script.answer[script.num_said : script.num_said + kept + 1]
+        script.num_said += len(said)
+        finish = None
+        if script.num_said == len(script.answer):
+            finish = FinishReason.STOP if said[-1] in script.request.stop_token_ids else FinishReason.LENGTH
+            del self.running[script.request.sequence_id]
+        return Decoded(
+            sequence_id=script.request.sequence_id,
+            token_ids=said,
+            drafted=drafted,
+            kept=kept,
+            exit_layer=script.request.exit_layer,
+            finish_reason=finish,
+            queued_s=0.001 if is_first else None,
+            num_cached_tokens=1 if is_first else None,
+        )
+
+
+def obey(script: Script) -> None:
+    if script.text.startswith("!slow"):
+        time.sleep(0.02)
+    if script.steps < 3:
+        return
+    if script.text.startswith("!die"):
+        os._exit(7)
+    if script.text.startswith("!raise"):
+        raise RuntimeError("a bug in a step")
+    while script.text.startswith("!hang"):
+        time.sleep(1)
+
+
+def scripted_ready(settings: EngineSettings, tokenizer_json: str) -> Ready:
+    return Ready(
+        model=settings.model,
+        revision=None,
+        dtype="float32",
+        device="cpu",
+        limits=scripted_limits(settings),
+        text=TextAssets(
+            tokenizer_json, eos_token_ids=[END_OF_TEXT], special_token_ids=[0], chat_template=None
+        ),
+        sampling=SamplingParams(),
+    )
+
+
+def scripted_limits(settings: EngineSettings) -> Limits:
+    return Limits(
+        num_layers=16,
+        vocab_size=4096,
+        max_model_len=settings.max_model_len or 512,
+        max_num_seqs=settings.max_num_seqs,
+        block_size=16,
+        num_blocks=NUM_BLOCKS,
+        allowed_exit_layers=[2, 4, 8],
+        default_exit_layer=4,
+        default_draft_length=3,
+        max_draft_length=settings.max_draft_length,
+    )
