@@ -9,6 +9,7 @@ R = H / G queries that share a key, F head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -35,11 +36,8 @@ class AttentionShape:
 
     @property
     def slot_width(self) -> int:
+        """Numbers that one position stores in one layer: a key and a value for each key/value head."""
         return 2 * self.num_kv_heads * self.head_width
-
-    @property
-    def qkv_width(self) -> int:
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +74,9 @@ class _Extent:
 class GatherAttention:
     """Gathers each row's context and calls scaled_dot_product_attention: any device and dtype."""
 
-    def __init__(self, *, shape: AttentionShape, cache: KVCache, rotations_TF: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, *, shape: AttentionShape, cache: KVCache, rotations_TF: Tensor, dtype: torch.dtype
+    ) -> None:
         """`rotations_TF` is complex: how the head's pairs turn at each position up to the longest context."""
         self._shape = shape
         self._cache = cache
@@ -122,9 +122,7 @@ class GatherAttention:
             edges += [int(row), int(row) + 1]
         edges.append(len(extent.counts_B))
         return [
-            self._rectangle(extent, first, last, ends_B)
-            for first, last in zip(edges, edges[1:], strict=False)
-            if first < last
+            self._rectangle(extent, first, last, ends_B) for first, last in pairwise(edges) if first < last
         ]
 
     def _rectangle(self, extent: _Extent, first_row: int, last_row: int, ends_B: Ints) -> _Rectangle:
@@ -141,7 +139,9 @@ class GatherAttention:
             context_slots=self._on_device(extent.slots_BT[first_row:last_row, :context].reshape(-1)),
             mask=self._mask(starts_B[:, None] + steps_BQ, context),
             pad=self._on_device(tokens_BQ.reshape(-1)) if is_ragged else None,
-            unpad=self._on_device(np.flatnonzero(np.arange(num_queries) < counts_B[:, None])) if is_ragged else None,
+            unpad=self._on_device(np.flatnonzero(np.arange(num_queries) < counts_B[:, None]))
+            if is_ragged
+            else None,
         )
 
     def _mask(self, positions_BQ: Ints, context: int) -> Tensor | None:
@@ -178,6 +178,6 @@ def rotate_(heads_NHF: Tensor, rotations_N1F: Tensor) -> None:
     Checkpoints pair element i with i + F/2; the loader reorders their rows so that pairs are neighbours.
     """
     wide_NHF = heads_NHF if heads_NHF.dtype in (torch.float32, torch.float64) else heads_NHF.float()
-    torch.view_as_complex(wide_NHF.unflatten(-1, (-1, 2))).mul_(rotations_N1F)
+    torch.view_as_complex(wide_NHF.view(*wide_NHF.shape[:-1], -1, 2)).mul_(rotations_N1F)
     if wide_NHF is not heads_NHF:
         heads_NHF.copy_(wide_NHF)

@@ -6,7 +6,8 @@ Knows block ids and token ids; knows no tensors and no requests.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence as TokenIds
+from collections.abc import Iterable
+from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass
 from typing import Final
 
@@ -45,10 +46,12 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
+        """Blocks that can be handed out, published ones included."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
+        """Blocks with an owner."""
         return self.num_blocks - len(self._free)
 
     def find_prefix(self, token_ids: TokenIds[int], *, max_tokens: int) -> PrefixHit:

@@ -33,6 +33,7 @@ class Capacity:
 
     @property
     def num_slots(self) -> int:
+        """Positions that the cache holds."""
         return self.num_blocks * self.block_size
 
 
@@ -57,7 +58,11 @@ def exceeds_device(num_bytes: int, device: torch.device) -> bool:
 
 
 def plan_capacity(
-    settings: EngineSettings, checkpoint: Checkpoint, shape: AttentionShape, dtype: torch.dtype, device: torch.device
+    settings: EngineSettings,
+    checkpoint: Checkpoint,
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Capacity:
     """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError."""
     longest = checkpoint.shape.max_positions
@@ -66,7 +71,9 @@ def plan_capacity(
         raise SettingsError(f"max_model_len {max_model_len} exceeds the checkpoint's {longest} positions")
     block_size = settings.block_size
     per_context = -(-max_model_len // block_size)
-    num_blocks = settings.num_blocks or _affordable_blocks(settings, checkpoint, shape, dtype, device, per_context)
+    num_blocks = settings.num_blocks or _affordable_blocks(
+        settings, checkpoint, shape, dtype, device, per_context
+    )
     if num_blocks < per_context:
         raise SettingsError(
             f"num_blocks {num_blocks} of {block_size} tokens hold {num_blocks * block_size} tokens, less than "

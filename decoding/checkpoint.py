@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from config.errors import StartupError
 from decoding.messages import SamplingParams, TextAssets
 
 _NEEDED_FILES: Final = ["*.json", "*.safetensors", "*.jinja"]
-_SUPPORTED: Final = "a Llama-architecture checkpoint (Llama 2, Llama 3, Code Llama, SmolLM2, facebook/layerskip-*)"
+_SUPPORTED: Final = (
+    "a Llama-architecture checkpoint (Llama 2, Llama 3, Code Llama, SmolLM2, facebook/layerskip-*)"
+)
 
 
 class CheckpointError(StartupError):
@@ -69,7 +71,7 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
     neutral = SamplingParams()
     return SamplingParams(
         temperature=_number(raw.get("temperature"), neutral.temperature),
-        top_k=int(_number(raw.get("top_k"), neutral.top_k)),
+        top_k=round(_number(raw.get("top_k"), neutral.top_k)),
         top_p=_number(raw.get("top_p"), neutral.top_p),
         min_p=_number(raw.get("min_p"), neutral.min_p),
     )
@@ -94,8 +96,10 @@ def text_assets(checkpoint: Checkpoint) -> TextAssets:
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer_eos: int | None) -> list[int]:
     raw = _read_json(checkpoint.folder / "generation_config.json").get("eos_token_id")
-    listed = raw if isinstance(raw, list) else [] if raw is None else [raw]
-    return sorted({int(i) for i in listed} | (set() if tokenizer_eos is None else {tokenizer_eos}))
+    listed = raw if isinstance(raw, list) else [raw]
+    return sorted(
+        {i for i in listed if isinstance(i, int)} | (set() if tokenizer_eos is None else {tokenizer_eos})
+    )
 
 
 def _find_folder(model: str, revision: str | None) -> Path:
@@ -103,7 +107,9 @@ def _find_folder(model: str, revision: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise CheckpointError(f"{model}: no such folder; pass a checkpoint folder or a hub id like owner/name")
+        raise CheckpointError(
+            f"{model}: no such folder; pass a checkpoint folder or a hub id like owner/name"
+        )
     return _download(model, revision)
 
 
@@ -124,16 +130,22 @@ def _download(model: str, revision: str | None) -> Path:
         raise CheckpointError(f"{model}: no such repository on the hub; {remedy}") from error
     except (OSError, ValueError, RuntimeError) as error:
         remedy = "pass the path of a downloaded checkpoint folder, or start where the hub can be reached"
-        raise CheckpointError(f"{model}: not in the local cache and the hub cannot be reached; {remedy}") from error
+        raise CheckpointError(
+            f"{model}: not in the local cache and the hub cannot be reached; {remedy}"
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, object]:
     path = folder / "config.json"
     raw = _read_json(path)
     if not raw:
-        raise CheckpointError(f"{path}: missing or empty; pass a folder with config.json and safetensors files")
+        raise CheckpointError(
+            f"{path}: missing or empty; pass a folder with config.json and safetensors files"
+        )
     if "auto_map" in raw:
-        raise CheckpointError(f"{path}: auto_map asks to run the repository's code, which is never done; pass {_SUPPORTED}")
+        raise CheckpointError(
+            f"{path}: auto_map asks to run the repository's code, which is never done; pass {_SUPPORTED}"
+        )
     if raw.get("model_type") != "llama":
         found = raw.get("model_type") or raw.get("architectures")
         raise CheckpointError(f"{path}: architecture {found!r} is not supported; pass {_SUPPORTED}")
@@ -156,7 +168,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _shape(config: object) -> ModelShape:
-    sizes = vars(config)
+    sizes: dict[str, Any] = vars(config)
     num_heads = int(sizes["num_attention_heads"])
     return ModelShape(
         num_layers=int(sizes["num_hidden_layers"]),

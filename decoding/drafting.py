@@ -72,7 +72,9 @@ class EarlyExitDrafter:
         first = 0
         for exit_layer in np.unique(exit_layers_P).tolist():
             rows = order_P[: len(hidden_PD)]
-            queries = self._attention.queries(slots_BT[rows], plan.num_computed_B[rows] + step, np.ones_like(rows))
+            queries = self._attention.queries(
+                slots_BT[rows], plan.num_computed_B[rows] + step, np.ones_like(rows)
+            )
             hidden_PD = self._model.run_layers(hidden_PD, first, exit_layer, queries)
             num_going_on = int((exit_layers_P > exit_layer).sum())
             left.append(hidden_PD[num_going_on:])

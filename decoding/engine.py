@@ -44,7 +44,9 @@ class Runtime:
 class Engine:
     """Decodes requests together. `submit` and `abort` between steps; `step` plans, runs and commits one."""
 
-    def __init__(self, ready: Ready, runtime: Runtime, scheduler: Scheduler, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, ready: Ready, runtime: Runtime, scheduler: Scheduler, *, clock: Callable[[], float]
+    ) -> None:
         self.ready = ready
         self.runtime = runtime
         self._scheduler = scheduler
@@ -78,6 +80,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """Whether a step would decode anything."""
         return self._scheduler.has_work
 
     def submit(self, request: Generate) -> None:
@@ -126,7 +129,11 @@ class Engine:
 
 
 def build_runtime(
-    settings: EngineSettings, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress
+    settings: EngineSettings,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> tuple[Runtime, Capacity]:
     """The model on its device, its cache beside it, and what the cache holds."""
     sizes = checkpoint.shape

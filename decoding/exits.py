@@ -35,7 +35,9 @@ def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Specula
     allowed = tuple(sorted(set(settings.allowed_exit_layers or possible)))
     strange = [layer for layer in allowed if layer not in possible]
     if strange:
-        raise SettingsError(f"allowed_exit_layers {strange}: this checkpoint's exit layers are 1 to {num_layers - 1}")
+        raise SettingsError(
+            f"allowed_exit_layers {strange}: this checkpoint's exit layers are 1 to {num_layers - 1}"
+        )
     wanted = settings.exit_layer
     if wanted is None:
         fallback = profile.exit_layer if profile else max(1, num_layers // _SHARE_OF_LAYERS)
@@ -46,5 +48,7 @@ def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Specula
     if draft_length is None:
         draft_length = min(profile.draft_length if profile else _DRAFT_LENGTH, settings.max_draft_length)
     if draft_length > settings.max_draft_length:
-        raise SettingsError(f"draft_length {draft_length} exceeds max_draft_length {settings.max_draft_length}")
+        raise SettingsError(
+            f"draft_length {draft_length} exceeds max_draft_length {settings.max_draft_length}"
+        )
     return Speculation(allowed_exit_layers=allowed, exit_layer=wanted, draft_length=draft_length)

@@ -34,6 +34,7 @@ class DenseLinear:
         self._weight_IO = weight_OI.t().contiguous() if num_outputs > num_inputs else weight_OI.t()
 
     def __call__(self, x_NI: Tensor, /) -> Tensor:
+        """Apply the matrix."""
         return torch.mm(x_NI, self._weight_IO)
 
 
@@ -53,6 +54,7 @@ class HalfStoredLinear:
             self(torch.zeros(1, weight_OI.shape[1]))
 
     def __call__(self, x_NI: Tensor, /) -> Tensor:
+        """Apply the matrix."""
         return torch.fbgemm_linear_fp16_weight_fp32_activation(x_NI, self._packed, self._no_bias_O)
 
 
@@ -64,6 +66,7 @@ class OffloadedLinear:
         self._device = device
 
     def __call__(self, x_NI: Tensor, /) -> Tensor:
+        """Apply the matrix."""
         return torch.mm(x_NI, self._fetch_OI().to(self._device, x_NI.dtype).t())
 
 

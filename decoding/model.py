@@ -34,6 +34,7 @@ class RmsNorm:
         self._floor = weight_D.new_tensor((width * eps) ** 0.5)
 
     def __call__(self, x_ND: Tensor, /) -> Tensor:
+        """Normalise and scale; `x_ND` is kept."""
         if not self._is_plain:
             return F.rms_norm(x_ND, self._weight_D.shape, self._weight_D, self._eps)
         length_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).hypot_(self._floor)
@@ -72,10 +73,12 @@ class LlamaDecoder:
 
     @property
     def num_layers(self) -> int:
+        """Decoder layers of the full model."""
         return len(self._weights.layers)
 
     @property
     def device(self) -> torch.device:
+        """Where hidden states live."""
         return self._weights.embedding_VD.device
 
     def embed(self, ids_N: Tensor) -> Tensor:
@@ -99,4 +102,3 @@ class LlamaDecoder:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of hidden states after any layer: the final norm, then the one head of the model."""
         return self._weights.head(self._weights.final_norm(hidden_ND))
-

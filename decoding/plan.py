@@ -36,6 +36,7 @@ class Plan:
 
     @property
     def num_rows(self) -> int:
+        """B."""
         return len(self.sequence_ids)
 
     @property

@@ -64,6 +64,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether anything runs or waits."""
         return bool(self._waiting or self._running)
 
     def submit(self, request: Generate) -> None:
@@ -106,6 +107,7 @@ class Scheduler:
         return events
 
     def load(self) -> Load:
+        """How full the batch, the queue and the pool are."""
         return Load(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -253,7 +255,10 @@ class Scheduler:
     def _as_plan(self, shares: list[_Share]) -> Plan:
         """Arrays for the cycle. A loop over rows on the host: rows' numbers live in Python objects."""
         sequences = [share.sequence for share in shares]
-        fed = [s.token_ids[s.num_computed : s.num_computed + share.num_fed] for s, share in zip(sequences, shares, strict=True)]
+        fed = [
+            s.token_ids[s.num_computed : s.num_computed + share.num_fed]
+            for s, share in zip(sequences, shares, strict=True)
+        ]
         width = max(len(s.block_ids) for s in sequences)
         return Plan(
             sequence_ids=tuple(s.request.sequence_id for s in sequences),
@@ -262,8 +267,12 @@ class Scheduler:
             num_computed_B=np.array([s.num_computed for s in sequences], dtype=np.int64),
             draft_lengths_B=np.array([share.draft_length for share in shares], dtype=np.int64),
             exit_layers_B=np.array([s.request.exit_layer for s in sequences], dtype=np.int64),
-            chooses_B=np.array([share.num_fed == s.num_pending for s, share in zip(sequences, shares, strict=True)]),
-            blocks_BW=np.array([s.block_ids + [0] * (width - len(s.block_ids)) for s in sequences], dtype=np.int64),
+            chooses_B=np.array(
+                [share.num_fed == s.num_pending for s, share in zip(sequences, shares, strict=True)]
+            ),
+            blocks_BW=np.array(
+                [s.block_ids + [0] * (width - len(s.block_ids)) for s in sequences], dtype=np.int64
+            ),
             sampling=self._sampling_of(sequences),
         )
 

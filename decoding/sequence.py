@@ -35,14 +35,17 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
+        """Known tokens that are not computed."""
         return len(self.token_ids) - self.num_computed
 
     @property
     def num_new(self) -> int:
+        """Tokens committed after the prompt."""
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
     def num_remaining(self) -> int:
+        """Tokens the sequence may still get."""
         return self.request.max_new_tokens - self.num_new
 
     def ending(self) -> FinishReason | None:

@@ -33,13 +33,20 @@ class _Slices(Protocol):
     def __getitem__(self, key: slice) -> Tensor: ...
 
 
+class _OpenFile(Protocol):
+    """What is used of safetensors' untyped file handle."""
+
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str) -> _Slices: ...
+
+
 class TensorFiles:
     """The safetensors files of one checkpoint, opened lazily; tensors are found by name."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder = folder
         self._stack = stack
-        self._opened: dict[Path, safe_open] = {}
+        self._opened: dict[Path, _OpenFile] = {}
         self._file_of = _file_of_tensors(folder, self._open)
 
     def read_into(self, name: str, out: Tensor) -> None:
@@ -49,7 +56,7 @@ class TensorFiles:
             raise CheckpointError(f"{self._folder}: tensor {name} is in none of the safetensors files")
         path = self._folder / file_name
         try:
-            stored: _Slices = self._open(path).get_slice(name)
+            stored = self._open(path).get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
         if list(stored.get_shape()) != list(out.shape):
@@ -57,7 +64,7 @@ class TensorFiles:
             raise CheckpointError(f"{path}: tensor {name} has shape {found}, config.json asks for {expected}")
         out.copy_(stored[:])
 
-    def _open(self, path: Path) -> safe_open:
+    def _open(self, path: Path) -> _OpenFile:
         if path in self._opened:
             return self._opened[path]
         if not path.is_file():
@@ -69,13 +76,15 @@ class TensorFiles:
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _file_of_tensors(folder: Path, open_file: Callable[[Path], safe_open]) -> dict[str, str]:
+def _file_of_tensors(folder: Path, open_file: Callable[[Path], _OpenFile]) -> dict[str, str]:
     if (folder / _INDEX).is_file():
         listed = json.loads((folder / _INDEX).read_text(encoding="utf-8")).get("weight_map", {})
         return {str(name): str(file_name) for name, file_name in listed.items()}
     if (folder / _SINGLE).is_file():
         return dict.fromkeys(open_file(folder / _SINGLE).keys(), _SINGLE)
-    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.pt*")
+    )
     found = f"only pickle files ({', '.join(pickled)}), which can run code" if pickled else "no weights"
     raise CheckpointError(f"{folder}: {found}; convert the checkpoint to {_SINGLE}")
 
@@ -118,7 +127,7 @@ def rotations(checkpoint: Checkpoint, num_positions: int, device: torch.device, 
 
     rope = LlamaRotaryEmbedding(checkpoint.config)
     angles = torch.outer(torch.arange(num_positions).float(), rope.inv_freq.float())
-    turns = torch.complex(angles.cos(), angles.sin()) * rope.attention_scaling
+    turns = torch.complex(angles.cos(), angles.sin()) * float(rope.attention_scaling)
     return turns.to(device, torch.complex128 if dtype == torch.float64 else torch.complex64)
 
 
@@ -136,17 +145,24 @@ class _Reader:
         return RmsNorm(self.tensor(name, shape.model_width), shape.norm_eps)
 
     def linear(
-        self, names: list[str], heights: tuple[int, ...], width: int, *, order: Callable[[str, Tensor], Tensor] | None = None
+        self,
+        names: list[str],
+        heights: tuple[int, ...],
+        width: int,
+        *,
+        order: Callable[[str, Tensor], Tensor] | None = None,
     ) -> Linear:
         """The named matrices stacked, each of its height; `order` may reorder the rows of one."""
         folder = self.placement.offload_folder
         device = self.placement.device if folder is None else torch.device("cpu")
         fused_OI = torch.empty(sum(heights), width, dtype=self.placement.dtype, device=device)
-        for name, part in zip(names, fused_OI.split(heights), strict=True):
+        for name, part in zip(names, torch.split(fused_OI, list(heights)), strict=True):
             self.files.read_into(name, part)
             if order is not None:
                 part.copy_(order(name, part))
-        return store(fused_OI) if folder is None else _offload(fused_OI, names[0], folder, self.placement.device)
+        return (
+            store(fused_OI) if folder is None else _offload(fused_OI, names[0], folder, self.placement.device)
+        )
 
 
 @contextmanager
@@ -182,7 +198,7 @@ def _read_layer(reader: _Reader, prefix: str, shape: ModelShape) -> Layer:
 
 def _neighbouring_pairs(rows_OI: Tensor, head_width: int) -> Tensor:
     """Within each head, put row i + F/2 beside row i, so that the pairs RoPE turns are neighbours."""
-    halves = rows_OI.unflatten(0, (-1, 2, head_width // 2))
+    halves = rows_OI.view(-1, 2, head_width // 2, rows_OI.shape[-1])
     return halves.transpose(1, 2).reshape(rows_OI.shape)
 
 

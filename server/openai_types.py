@@ -98,7 +98,7 @@ def _parse_prompts(value: object) -> tuple[Prompt, ...]:
 
 
 def _token_ids(value: object) -> list[int]:
-    if not isinstance(value, list) or any(type(token_id) is not int for token_id in value):
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
         raise ValueError("a list of token ids may hold integers only")
     return value
 

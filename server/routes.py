@@ -16,11 +16,12 @@ from fastapi.responses import JSONResponse, Response
 from server.completions import Completion, plan_completion
 from server.edge import REQUEST_ID
 from server.engine_client import WorkerState
+from server.json_route import FastJsonRoute
 from server.openai_types import CompletionRequest
 from server.served_model import ServedModel
 from server.sse import EventStream
 
-router = APIRouter()
+router = APIRouter(route_class=FastJsonRoute)
 
 _CLIENT_CLOSED_REQUEST = 499
 

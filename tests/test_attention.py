@@ -40,14 +40,14 @@ def rotated(head_F: np.ndarray, position: int) -> np.ndarray:
 
 @dataclass
 class Row:
-    """A row's whole history of fused queries, keys and values, [T, (H + 2G)·F], and where it is stored."""
+    """A row's whole history: fused queries, keys and values [T, (H + 2G)·F], and its slots [T]."""
 
-    qkv_TW: np.ndarray
-    slots_T: np.ndarray
+    fused: np.ndarray
+    slots: np.ndarray
 
     def attended(self, shape: AttentionShape, position: int) -> np.ndarray:
         """One position's output, from its definition."""
-        heads = self.qkv_TW.reshape(len(self.qkv_TW), -1, shape.head_width)
+        heads = self.fused.reshape(len(self.fused), -1, shape.head_width)
         out = []
         for head in range(shape.num_heads):
             group = head // (shape.num_heads // shape.num_kv_heads)
@@ -101,9 +101,9 @@ class Bench:
         for row, end, slots_T in zip(
             chosen, (s + c for s, c in zip(starts, counts, strict=True)), slots_BT, strict=True
         ):
-            slots_T[:end] = row.slots_T[:end]
+            slots_T[:end] = row.slots[:end]
         spans = list(zip(chosen, starts, counts, strict=True))
-        qkv_NW = torch.from_numpy(np.concatenate([row.qkv_TW[s : s + c] for row, s, c in spans]))
+        qkv_NW = torch.from_numpy(np.concatenate([row.fused[s : s + c] for row, s, c in spans]))
         queries = self.attention.queries(slots_BT, np.array(starts), np.array(counts))
         got = self.attention.attend(layer, qkv_NW, queries)
         expected = [row.attended(self.shape, t) for row, s, c in spans for t in range(s, s + c)]
@@ -113,7 +113,7 @@ class Bench:
 @pytest.mark.parametrize("shape", [GROUPED, MULTI_HEAD, ONE_KEY], ids=["grouped", "multi-head", "one key"])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_mixes_of_rows_equal_attention_one_query_at_a_time(shape: AttentionShape, seed: int) -> None:
-    """Rows advance by runs of random length: prompts in chunks, single tokens, drafts; not all in each step."""
+    """Rows advance by runs of random length: prompts in chunks, single tokens, drafts; some pause."""
     rng = np.random.default_rng(100 + seed)
     lengths = rng.integers(1, 60, size=5).tolist()
     bench = Bench(shape, lengths, seed)
@@ -164,10 +164,10 @@ def test_rows_of_different_contexts_do_not_see_each_others_padding() -> None:
 def test_recomputed_positions_overwrite_what_refused_drafts_stored() -> None:
     bench = Bench(GROUPED, [30, 12], seed=5)
     bench.feed([0, 0], [20, 8])
-    truth = bench.rows[0].qkv_TW.copy()
-    bench.rows[0].qkv_TW[20:25] += 1
+    truth = bench.rows[0].fused.copy()
+    bench.rows[0].fused[20:25] += 1
     bench.feed([20, 8], [5, 2])
-    bench.rows[0].qkv_TW[:] = truth
+    bench.rows[0].fused[:] = truth
     bench.feed([20, 10], [6, 1])
 
 
@@ -175,13 +175,13 @@ def test_keys_and_values_are_stored_in_the_slots_of_their_tokens_and_in_one_laye
     bench = Bench(GROUPED, [5], seed=6)
     row, shape = bench.rows[0], bench.shape
     bench.feed([0], [5], layer=1)
-    stored = bench.cache.gather(1, torch.from_numpy(row.slots_T)).numpy()
-    heads = row.qkv_TW.reshape(5, -1, shape.head_width)
+    stored = bench.cache.gather(1, torch.from_numpy(row.slots)).numpy()
+    heads = row.fused.reshape(5, -1, shape.head_width)
     for t in range(5):
         keys = [rotated(head, t) for head in heads[t, shape.num_heads :][: shape.num_kv_heads]]
         values = heads[t, shape.num_heads + shape.num_kv_heads :]
         np.testing.assert_allclose(stored[t], np.concatenate([*keys, *values]), atol=1e-12)
-    untouched = np.setdiff1d(np.arange(15), row.slots_T)
+    untouched = np.setdiff1d(np.arange(15), row.slots)
     assert (bench.cache.gather(1, torch.from_numpy(untouched)) == 1e3).all()
     assert (bench.cache.gather(0, torch.arange(15)) == 1e3).all()
 

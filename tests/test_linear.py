@@ -1,4 +1,4 @@
-"""Every stored form of a matrix multiplies as float64 does, and a short form is taken only where it is exact."""
+"""Every stored form of a matrix multiplies as float64 does; a short form is taken only where it is exact."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def test_a_stored_matrix_multiplies_as_float64_does(shape: tuple[int, int], num_
         kept = x_NI.clone()
         assert_multiplies(store(weight_OI.clone()), weight_OI, x_NI)
         assert torch.equal(x_NI, kept)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6, 1e-8, 1e4])
+def test_weights_of_any_magnitude_are_multiplied_exactly(scale: float) -> None:
+    """Below 2⁻¹⁴ float16 loses digits with every power of two, and a whole matrix may lie there."""
+    for weight_OI in (scale * normal(40, 24, seed=11), as_bfloat16(scale * normal(40, 24, seed=11))):
+        assert_multiplies(store(weight_OI.clone()), weight_OI, normal(3, 24, seed=12))
 
 
 def test_float64_weights_are_multiplied_in_float64() -> None:
@@ -104,7 +111,7 @@ def test_an_offloaded_matrix_is_fetched_for_every_use_and_multiplied_in_the_inpu
         fetches.append(None)
         return weight_OI
 
+    linear = OffloadedLinear(fetch, CPU)
     for count, dtype in enumerate((torch.float32, torch.float64), start=1):
-        linear = OffloadedLinear(fetch, CPU) if count == 1 else linear
         assert_multiplies(linear, weight_OI, normal(3, 10, seed=10, dtype=dtype))
         assert len(fetches) == count

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 END_OF_TEXT = "<|end|>"
 MAX_POSITIONS = 512
@@ -73,6 +74,21 @@ def make_checkpoint(
     return folder
 
 
+def load_reference(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
+    """transformers' own model of a checkpoint, computing in `dtype` throughout.
+
+    Its norms round to float32 whatever the model's dtype is, which would hide all that float64 can show, so
+    torch's norm stands in for them there.
+    """
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    if dtype == torch.float64:
+        model.model.norm = _same_norm(model.model.norm)
+        for layer in model.model.layers:
+            layer.input_layernorm = _same_norm(layer.input_layernorm)
+            layer.post_attention_layernorm = _same_norm(layer.post_attention_layernorm)
+    return model
+
+
 def write_tokenizer(folder: Path, vocab: int) -> None:
     """One token for each printable character, as many as fit, after the end-of-text token with id 0."""
     tokens = [END_OF_TEXT, *string.printable[:95], "\n"][:vocab]
@@ -80,6 +96,12 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(folder)
+
+
+def _same_norm(norm: LlamaRMSNorm) -> torch.nn.RMSNorm:
+    same = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, dtype=norm.weight.dtype)
+    same.weight = norm.weight
+    return same
 
 
 def _draw_weights(model: LlamaForCausalLM, std: float, generator: torch.Generator) -> None:
