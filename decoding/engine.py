@@ -21,7 +21,7 @@ from decoding.blocks import BlockPool
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
 from decoding.checkpoint import Checkpoint, open_checkpoint, sampling_defaults, text_assets
 from decoding.cycle import Cycle
-from decoding.exits import resolve_speculation
+from decoding.exits import Speculation, resolve_speculation
 from decoding.kv_cache import KVCache
 from decoding.messages import CycleTimes, Decoded, Generate, Limits, Ready, StepReport
 from decoding.model import LlamaDecoder
@@ -58,6 +58,9 @@ class Engine:
         clock = time.perf_counter
         torch.set_num_threads(settings.num_threads or default_num_threads())
         checkpoint = open_checkpoint(settings.model, revision=settings.revision)
+        # What can be refused is refused before the weights are read, which may take minutes.
+        speculation = resolve_speculation(settings, num_layers=checkpoint.shape.num_layers)
+        text, sampling = text_assets(checkpoint), sampling_defaults(checkpoint)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, checkpoint.shape.stored_dtype, device)
         runtime, capacity = build_runtime(settings, checkpoint, device, dtype, progress)
@@ -72,9 +75,9 @@ class Engine:
             revision=settings.revision,
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
-            limits=_limits(settings, checkpoint, capacity),
-            text=text_assets(checkpoint),
-            sampling=sampling_defaults(checkpoint),
+            limits=_limits(settings, checkpoint, capacity, speculation),
+            text=text,
+            sampling=sampling,
         )
         return cls(ready, runtime, scheduler, clock=clock)
 
@@ -188,8 +191,9 @@ def _placement(
     return Placement(device=device, dtype=dtype, offload_folder=folder)
 
 
-def _limits(settings: EngineSettings, checkpoint: Checkpoint, capacity: Capacity) -> Limits:
-    speculation = resolve_speculation(settings, num_layers=checkpoint.shape.num_layers)
+def _limits(
+    settings: EngineSettings, checkpoint: Checkpoint, capacity: Capacity, speculation: Speculation
+) -> Limits:
     return Limits(
         num_layers=checkpoint.shape.num_layers,
         vocab_size=checkpoint.shape.vocab_size,
