@@ -167,7 +167,7 @@ def as_text(findings: Sequence[Findings], agreement: Agreement) -> str:
 def _blocks(found: Findings) -> list[str]:
     label = found.sampled.label
     blocks = [
-        f"{label}, batch {batch}: every setting, one short round\n{_table(lines)}"
+        f"{label}, batch {batch}: every setting, short rounds\n{_table(lines)}"
         for batch, lines in found.scans.items()
     ]
     blocks += [

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 
 PROBE_INTERVAL_S = 0.005
 NUM_STREAMS = 8
-# Texts that have to be tokenised before they turn out too long, and ids that have to be parsed.
-TEXT_BODY = json.dumps({"prompt": ["def f(x):\n    return x\n" * 2500] * 64}).encode()
+# Every text but the last fits, so that all are tokenised before the request is refused; ids have to be parsed.
+FITTING_TEXT = "def f(x):\n    return x\n" * 150
+TEXT_BODY = json.dumps({"prompt": [FITTING_TEXT] * 63 + [FITTING_TEXT * 10]}).encode()
+NUM_TEXT_CLIENTS = 5_000_000 // len(TEXT_BODY)
 IDS_BODY = json.dumps({"prompt": [[7] * 2000] * 480}).encode()
-STREAM_BODY = json.dumps(
-    {"prompt": "def f(", "max_tokens": 1500, "ignore_eos": True, "stream": True}
-).encode()
+STREAM_BODY = json.dumps({"prompt": "def f(", "max_tokens": 200, "ignore_eos": True, "stream": True}).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +127,11 @@ def measure(port: int, seconds: float) -> dict[str, dict[str, float]]:
     phases: dict[str, list[Callable[[], object]]] = {
         "idle": [],
         f"decoding {NUM_STREAMS} streams": decoding,
-        f"… and {len(TEXT_BODY) / 1e6:.1f} MB of text after another": [
+        f"… and {NUM_TEXT_CLIENTS} bodies of {len(TEXT_BODY) / 1e6:.1f} MB of text": [
             *decoding,
-            lambda: request(port, "POST", "/v1/completions", TEXT_BODY),
+            *[lambda: request(port, "POST", "/v1/completions", TEXT_BODY)] * NUM_TEXT_CLIENTS,
         ],
-        f"… and {len(IDS_BODY) / 1e6:.1f} MB of token ids after another": [
+        f"… and a body of {len(IDS_BODY) / 1e6:.1f} MB of token ids": [
             *decoding,
             lambda: request(port, "POST", "/v1/completions", IDS_BODY),
         ],

@@ -57,7 +57,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._planned: list[_Share] = []
-        self._sampling: tuple[tuple[int, ...], Sampling] | None = None
+        self._sampling: tuple[list[Sequence], Sampling] | None = None
         self._num_preemptions = 0
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
@@ -278,8 +278,7 @@ class Scheduler:
 
     def _sampling_of(self, sequences: list[Sequence]) -> Sampling:
         """The rows' sampling columns, kept as long as the batch holds the same sequences in the same order."""
-        ids = tuple(s.request.sequence_id for s in sequences)
-        if self._sampling is None or self._sampling[0] != ids:
+        if self._sampling is None or self._sampling[0] != sequences:
             params, seeds = [s.request.sampling for s in sequences], [s.request.seed for s in sequences]
-            self._sampling = (ids, Sampling.of(params, seeds, self._device))
+            self._sampling = (sequences, Sampling.of(params, seeds, self._device))
         return self._sampling[1]

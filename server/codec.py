@@ -33,12 +33,13 @@ class Codec:
 
     async def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's ids, at least one, all in the vocabulary. Raises InvalidRequest and PromptTooLong."""
-        token_ids = await self._encode_text(prompt) if isinstance(prompt, str) else self._check_ids(prompt)
+        token_ids = await self._encode_text(prompt) if isinstance(prompt, str) else prompt
         if not token_ids:
             raise InvalidRequest("the prompt is empty; it must have at least one token", param="prompt")
         limit_tokens = self._limits.max_model_len - 1
         if len(token_ids) > limit_tokens:
             raise PromptTooLong(what=f"{len(token_ids)} tokens", limit_tokens=limit_tokens)
+        self._check_vocabulary(token_ids)
         return token_ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -59,8 +60,7 @@ class Codec:
         token_ids: list[int] = encoding.ids
         return token_ids
 
-    def _check_ids(self, token_ids: list[int]) -> list[int]:
+    def _check_vocabulary(self, token_ids: list[int]) -> None:
         size = self._limits.vocab_size
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < size):
+        if min(token_ids) < 0 or max(token_ids) >= size:
             raise InvalidRequest(f"token ids of this model are 0 to {size - 1}", param="prompt")
-        return token_ids

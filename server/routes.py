@@ -17,6 +17,7 @@ from server.completions import Completion, plan_completion
 from server.edge import REQUEST_ID
 from server.engine_client import WorkerState
 from server.json_route import FastJsonRoute
+from server.metrics import CONTENT_TYPE
 from server.openai_types import CompletionRequest
 from server.served_model import ServedModel
 from server.sse import EventStream
@@ -150,10 +151,9 @@ async def live(model: Model) -> JSONResponse:
 
 
 @router.get("/metrics")
-async def metrics(request: Request, model: Model) -> Response:
+async def metrics(model: Model) -> Response:
     """Everything Prometheus scrapes."""
-    body, content_type = model.metrics.exposition(request.headers.get("accept", ""))
-    return Response(body, headers={"Content-Type": content_type})
+    return Response(model.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
 
 @router.get("/version")

@@ -20,6 +20,11 @@ MULTI_HEAD = AttentionShape(num_heads=3, num_kv_heads=3, head_width=6)
 ONE_KEY = AttentionShape(num_heads=4, num_kv_heads=1, head_width=2)
 
 
+def fused_width(shape: AttentionShape) -> int:
+    """Queries, keys and values of one token side by side."""
+    return (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_width
+
+
 def turns(width: int) -> Tensor:
     """Complex rotations [T, F/2] with a frequency of its own for each pair."""
     frequencies = 0.9 ** torch.arange(width // 2, dtype=torch.float64)
@@ -70,7 +75,7 @@ class Bench:
         slots = rng.permutation(num_slots)
         ends = np.cumsum(lengths)
         self.rows = [
-            Row(rng.normal(size=(length, shape.qkv_width)), slots[end - length : end])
+            Row(rng.normal(size=(length, fused_width(shape))), slots[end - length : end])
             for length, end in zip(lengths, ends, strict=True)
         ]
         self.cache = KVCache(

@@ -265,6 +265,14 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(lab: Lab) -
     assert first == again != other
 
 
+def test_a_sequence_id_used_again_brings_its_own_sampling(lab: Lab) -> None:
+    engine = lab.fresh_engine(block_size=16, num_blocks=128, max_num_seqs=8, budget=64)
+    for temperature, seed in [(0.0, 1), (1.2, 1), (1.2, 2)]:
+        request = one_request(seed=seed, sampling=SamplingParams(temperature=temperature))
+        events = engine.generate([request])[0]
+        assert [t for event in events for t in event.token_ids] == lab.oracle.decode(request)
+
+
 def test_layer_calls_of_a_cycle_do_not_grow_with_its_rows(lab: Lab) -> None:
     def calls(num_rows: int) -> list[int]:
         engine = lab.fresh_engine(block_size=16, num_blocks=128, max_num_seqs=16, budget=512)

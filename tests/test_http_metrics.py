@@ -119,6 +119,14 @@ def test_token_times_are_counted_once_for_every_token_after_the_first_run(server
     assert 0 < growth.of(fine) <= growth.of(end_to_end)
 
 
+def test_names_keep_their_colon_whatever_format_a_scraper_prefers(scripted):
+    openmetrics = "application/openmetrics-text;version=1.0.0;escaping=underscores;q=0.6"
+    for accept in ("", "*/*", openmetrics, "text/plain;version=1.0.0;escaping=allow-utf-8"):
+        answer = scripted.get("/metrics", headers={"Accept": accept})
+        assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert b"\nvllm:num_requests_running{" in answer.body
+
+
 def test_stop_string_discards_what_was_decoded_past_it_and_keeps_it_out_of_usage(scripted):
     scripted.wait_idle()
     before = read(scripted)

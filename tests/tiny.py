@@ -14,6 +14,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+# Matrices of a test are small: two threads that wait for each other cost more than they compute.
+torch.set_num_threads(1)
+
 END_OF_TEXT = "<|end|>"
 MAX_POSITIONS = 512
 LLAMA3_ROPE = {
