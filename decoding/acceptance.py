@@ -17,4 +17,4 @@ def num_kept(drafts_BK: Tensor, choices_BQ: Tensor, draft_lengths_B: Tensor) -> 
     """
     positions_K = torch.arange(drafts_BK.shape[1], device=drafts_BK.device)
     equal_BK = (drafts_BK == choices_BQ[:, : drafts_BK.shape[1]]) & (positions_K < draft_lengths_B[:, None])
-    return equal_BK.long().cumprod(1).sum(1)
+    return equal_BK.cumprod(1).sum(1)

@@ -41,34 +41,48 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rectangle:
-    """Some rows' queries, padded to one count and one context: tokens first..last of the ragged list."""
+class _Block:
+    """Rows first_row … last_row − 1, padded to `num_queries` each: tokens first … last − 1 of the ragged list.
 
+    `steps_BQ` says which of its row's queries each padded one is; rows that have fewer repeat their last.
+    `pad` and `unpad` index ragged into padded queries and back; None where nothing is padded.
+    """
+
+    first_row: int
+    last_row: int
     first: int
     last: int
-    num_rows: int
-    context_slots: Tensor
-    mask: Tensor | None
+    steps_BQ: Ints
     pad: Tensor | None
     unpad: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How ragged queries are attended, whatever their positions: `counts_B[b]` ≥ 1 of each row, in row order."""
+
+    counts_B: Ints
+    rows_N: Ints
+    steps_N: Ints
+    blocks: tuple[_Block, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rectangle:
+    """A block at its positions: the slots of its rows' contexts, row after row, and what each query may see."""
+
+    block: _Block
+    context_slots: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
 class Queries:
-    """Ragged query tokens in row order: where each is stored, how it is rotated, what it may see."""
+    """Ragged query tokens: where each is stored, how it is rotated, what it may see."""
 
     slots_N: Tensor
     rotations_N1F: Tensor
     rectangles: tuple[_Rectangle, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Extent:
-    """Which positions some rows query: `counts_B[b]` of them from `starts_B[b]` on."""
-
-    slots_BT: Ints
-    starts_B: Ints
-    counts_B: Ints
 
 
 class GatherAttention:
@@ -85,20 +99,37 @@ class GatherAttention:
         self._device = rotations_TF.device
         self._repeats = shape.num_heads // shape.num_kv_heads
 
-    def queries(self, slots_BT: Ints, starts_B: Ints, counts_B: Ints) -> Queries:
-        """Lay out `counts_B[b]` ≥ 1 queries of row b from position `starts_B[b]` on.
+    def arrange(self, counts_B: Ints) -> Arrangement:
+        """Prepare for `counts_B[b]` ≥ 1 queries of row b: neighbouring short rows share a block, long ones do not."""
+        rows_N = np.repeat(np.arange(len(counts_B)), counts_B)
+        firsts_B = np.cumsum(counts_B) - counts_B
+        edges = [0]
+        for row in np.flatnonzero(counts_B > _MAX_SHARED_QUERIES).tolist():
+            edges += [row, row + 1]
+        edges.append(len(counts_B))
+        return Arrangement(
+            counts_B=counts_B,
+            rows_N=rows_N,
+            steps_N=np.arange(len(rows_N)) - firsts_B[rows_N],
+            blocks=tuple(self._block(counts_B, *pair) for pair in pairwise(edges) if pair[0] < pair[1]),
+        )
+
+    def queries(self, arrangement: Arrangement, slots_BT: Ints, starts_B: Ints) -> Queries:
+        """Queries of each row from position `starts_B[b]` on.
 
         `slots_BT[b, t]` is the slot of row b's position t; columns reach at least to the last query.
         """
-        extent = _Extent(slots_BT, starts_B, counts_B)
-        rows_N = np.repeat(np.arange(len(counts_B)), counts_B)
-        ends_B = np.cumsum(counts_B)
-        positions_N = np.arange(len(rows_N)) - (ends_B - counts_B - starts_B)[rows_N]
-        slots_N = slots_BT[rows_N, positions_N]
+        positions_N = starts_B[arrangement.rows_N] + arrangement.steps_N
+        ends_B = starts_B + arrangement.counts_B
         return Queries(
-            slots_N=self._on_device(slots_N),
+            slots_N=self._on_device(slots_BT[arrangement.rows_N, positions_N]),
             rotations_N1F=self._rotations_T1F[self._on_device(positions_N)],
-            rectangles=tuple(self._rectangles(extent, ends_B)),
+            rectangles=tuple(
+                self._rectangle(
+                    block, slots_BT, starts_B, int(ends_B[block.first_row : block.last_row].max())
+                )
+                for block in arrangement.blocks
+            ),
         )
 
     def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
@@ -112,36 +143,37 @@ class GatherAttention:
         if len(queries.rectangles) == 1:
             return self._attend_rectangle(layer, queries_NHF, queries.rectangles[0])
         return torch.cat(
-            [self._attend_rectangle(layer, queries_NHF[r.first : r.last], r) for r in queries.rectangles]
+            [
+                self._attend_rectangle(layer, queries_NHF[r.block.first : r.block.last], r)
+                for r in queries.rectangles
+            ]
         )
 
-    def _rectangles(self, extent: _Extent, ends_B: Ints) -> list[_Rectangle]:
-        """Neighbouring short rows share one rectangle; a long row has its own."""
-        edges = [0]
-        for row in np.flatnonzero(extent.counts_B > _MAX_SHARED_QUERIES):
-            edges += [int(row), int(row) + 1]
-        edges.append(len(extent.counts_B))
-        return [
-            self._rectangle(extent, first, last, ends_B) for first, last in pairwise(edges) if first < last
-        ]
-
-    def _rectangle(self, extent: _Extent, first_row: int, last_row: int, ends_B: Ints) -> _Rectangle:
-        starts_B, counts_B = extent.starts_B[first_row:last_row], extent.counts_B[first_row:last_row]
-        num_queries = int(counts_B.max())
-        context = int((starts_B + counts_B).max())
-        steps_BQ = np.minimum(np.arange(num_queries), counts_B[:, None] - 1)
-        is_ragged = bool((counts_B < num_queries).any())
-        tokens_BQ = steps_BQ + np.cumsum(counts_B)[:, None] - counts_B[:, None]
-        return _Rectangle(
-            first=int(ends_B[first_row] - extent.counts_B[first_row]),
-            last=int(ends_B[last_row - 1]),
-            num_rows=last_row - first_row,
-            context_slots=self._on_device(extent.slots_BT[first_row:last_row, :context].reshape(-1)),
-            mask=self._mask(starts_B[:, None] + steps_BQ, context),
+    def _block(self, counts_B: Ints, first_row: int, last_row: int) -> _Block:
+        own_B = counts_B[first_row:last_row]
+        num_queries = int(own_B.max())
+        steps_BQ = np.minimum(np.arange(num_queries), own_B[:, None] - 1)
+        is_ragged = bool((own_B < num_queries).any())
+        tokens_BQ = steps_BQ + (np.cumsum(own_B) - own_B)[:, None]
+        first = int(counts_B[:first_row].sum())
+        return _Block(
+            first_row=first_row,
+            last_row=last_row,
+            first=first,
+            last=first + int(own_B.sum()),
+            steps_BQ=steps_BQ,
             pad=self._on_device(tokens_BQ.reshape(-1)) if is_ragged else None,
-            unpad=self._on_device(np.flatnonzero(np.arange(num_queries) < counts_B[:, None]))
+            unpad=self._on_device(np.flatnonzero(np.arange(num_queries) < own_B[:, None]))
             if is_ragged
             else None,
+        )
+
+    def _rectangle(self, block: _Block, slots_BT: Ints, starts_B: Ints, context: int) -> _Rectangle:
+        rows = slice(block.first_row, block.last_row)
+        return _Rectangle(
+            block=block,
+            context_slots=self._on_device(slots_BT[rows, :context].reshape(-1)),
+            mask=self._mask(starts_B[rows, None] + block.steps_BQ, context),
         )
 
     def _mask(self, positions_BQ: Ints, context: int) -> Tensor | None:
@@ -155,9 +187,10 @@ class GatherAttention:
         return mask.masked_fill_(self._on_device(hidden_BQT), -torch.inf)[:, None]
 
     def _attend_rectangle(self, layer: int, queries_NHF: Tensor, rectangle: _Rectangle) -> Tensor:
-        shape, rows = self._shape, rectangle.num_rows
-        if rectangle.pad is not None:
-            queries_NHF = queries_NHF[rectangle.pad]
+        shape, block = self._shape, rectangle.block
+        rows = block.last_row - block.first_row
+        if block.pad is not None:
+            queries_NHF = queries_NHF[block.pad]
         # Queries that share a key become neighbours in the query dimension, so no key is copied for them.
         grouped = queries_NHF.reshape(rows, -1, shape.num_kv_heads, self._repeats, shape.head_width)
         packed = grouped.transpose(1, 2).reshape(rows, shape.num_kv_heads, -1, shape.head_width)
@@ -166,7 +199,7 @@ class GatherAttention:
         attended = F.scaled_dot_product_attention(packed, keys, values, attn_mask=rectangle.mask)
         unpacked = attended.view(rows, shape.num_kv_heads, -1, self._repeats, shape.head_width)
         flat_NW = unpacked.transpose(1, 2).reshape(-1, shape.num_heads * shape.head_width)
-        return flat_NW if rectangle.unpad is None else flat_NW[rectangle.unpad]
+        return flat_NW if block.unpad is None else flat_NW[block.unpad]
 
     def _on_device(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)

@@ -18,6 +18,7 @@ from decoding.attention import GatherAttention, Ints
 from decoding.drafting import Drafts, EarlyExitDrafter
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan, Result
+from decoding.route import Route, Routes
 from decoding.verification import Verifier
 
 
@@ -30,6 +31,7 @@ class Cycle:
         self, model: LlamaDecoder, attention: GatherAttention, *, block_size: int, clock: Callable[[], float]
     ) -> None:
         self._device = model.device
+        self._routes = Routes(attention, num_layers=model.num_layers, device=model.device)
         self._drafter = EarlyExitDrafter(model, attention)
         self._verifier = Verifier(model, attention)
         self._offsets = np.arange(block_size, dtype=np.int64)
@@ -39,40 +41,31 @@ class Cycle:
     def run(self, plan: Plan) -> Result:
         """Compute the plan's tokens; every row that chooses gets at least one new token."""
         started = self._clock()
+        route = self._routes.of(plan)
         slots_BT = self._slots(plan.blocks_BW)
         fed_N = torch.from_numpy(plan.fed_N).to(self._device)
-        drafts = self._draft(plan, slots_BT, fed_N)
+        drafts = None
+        if route.draft_steps:
+            drafts = self._drafter.draft(plan, route, slots_BT, fed_N[route.last_fed_B])
         drafted = self._clock()
-        choices_BQ = self._verifier.choices(plan, slots_BT, fed_N, drafts)
-        chosen = self._keep(plan, drafts, choices_BQ)
+        choices_BQ = self._verifier.choices(plan, route, slots_BT, fed_N, drafts)
+        chosen = self._keep(plan, route, drafts, choices_BQ)
         return Result(chosen=chosen, draft_s=drafted - started, verify_s=self._clock() - drafted)
 
-    def _draft(self, plan: Plan, slots_BT: Ints, fed_N: Tensor) -> Drafts | None:
-        if plan.draft_lengths_B[0] == 0:
-            return None
-        last_B = torch.from_numpy(np.cumsum(plan.num_fed_B) - 1).to(self._device)
-        return self._drafter.draft(plan, slots_BT, fed_N[last_B])
-
-    def _keep(self, plan: Plan, drafts: Drafts | None, choices_BQ: Tensor) -> tuple[tuple[int, ...], ...]:
+    @staticmethod
+    def _keep(
+        plan: Plan, route: Route, drafts: Drafts | None, choices_BQ: Tensor
+    ) -> tuple[tuple[int, ...], ...]:
         if drafts is None:
-            kept_B = choices_BQ.new_zeros(plan.num_rows)
+            kept_B = torch.zeros_like(route.draft_lengths_B)
         else:
-            draft_lengths_B = torch.from_numpy(plan.draft_lengths_B).to(self._device)
-            kept_B = num_kept(self._padded(plan, drafts), choices_BQ, draft_lengths_B)
+            kept_B = num_kept(drafts.ids_M[route.drafts_BK], choices_BQ, route.draft_lengths_B)
         # The step's one copy from the device.
         rows = torch.cat((kept_B[:, None], choices_BQ), dim=1).tolist()
         return tuple(
             tuple(choices[: kept + 1]) if chooses else ()
-            for (kept, *choices), chooses in zip(rows, plan.chooses_B, strict=True)
+            for (kept, *choices), chooses in zip(rows, plan.chooses_B.tolist(), strict=True)
         )
 
-    def _padded(self, plan: Plan, drafts: Drafts) -> Tensor:
-        """Drafts as [B, K]; anything stands past a row's draft length."""
-        steps_K = np.arange(plan.draft_lengths_B[0])
-        rows_B1 = np.arange(plan.num_rows)[:, None]
-        index_BK = np.where(steps_K < plan.draft_lengths_B[:, None], drafts.index(rows_B1, steps_K), 0)
-        return drafts.ids_M[torch.from_numpy(index_BK).to(self._device)]
-
     def _slots(self, blocks_BW: Ints) -> Ints:
-        size = len(self._offsets)
-        return (blocks_BW[:, :, None] * size + self._offsets).reshape(len(blocks_BW), -1)
+        return (blocks_BW[:, :, None] * len(self._offsets) + self._offsets).reshape(len(blocks_BW), -1)

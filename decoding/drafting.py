@@ -1,15 +1,14 @@
 """Proposes tokens with the first layers of the model, and keeps what verification starts from.
 
-Knows rows, exit layers and draft lengths; knows nothing of which drafts will stand.
+Knows routes and positions; knows nothing of which drafts will stand.
 
-Shapes: B rows, P rows still drafting, K drafts, D model width, T cache positions.
+Shapes: B rows, P rows still drafting, M drafts of all rows, D model width, V vocabulary, T cache positions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,23 +16,19 @@ from decoding.attention import GatherAttention, Ints
 from decoding.coupling import choose
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
+from decoding.route import DraftStep, Route
 
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
     """Proposed ids, and the exit hidden of every token that a draft step was fed, step after step.
 
-    Entry `firsts_K[i] + b` of both belongs to row b's step i: the id is its draft i, the exit hidden that of
-    position `num_computed_B[b] + i`, which holds the committed token for i = 0 and draft i − 1 after it.
+    A step's id is the draft it made; its exit hidden is that of the token before: the committed one for the first
+    step, then the drafts but the last.
     """
 
     ids_M: Tensor
     exits_MD: Tensor
-    firsts_K: Ints
-
-    def index(self, rows: Ints, steps: Ints) -> Ints:
-        """Entries of these rows' steps, which must be below the rows' draft lengths."""
-        return self.firsts_K[steps] + rows
 
 
 class EarlyExitDrafter:
@@ -43,44 +38,27 @@ class EarlyExitDrafter:
         self._model = model
         self._attention = attention
 
-    def draft(self, plan: Plan, slots_BT: Ints, last_ids_B: Tensor) -> Drafts:
+    def draft(self, plan: Plan, route: Route, slots_BT: Ints, last_ids_B: Tensor) -> Drafts:
         """Draft for every row with a draft length; `last_ids_B` are the rows' committed, uncomputed tokens."""
-        # Rows come with falling draft lengths, so those that still draft are always the first P.
-        num_drafting_K = (plan.draft_lengths_B > np.arange(plan.draft_lengths_B[0])[:, None]).sum(1)
         next_positions_B = torch.from_numpy(plan.num_computed_B + 1).to(last_ids_B.device)
         ids: list[Tensor] = []
         exits: list[Tensor] = []
         fed_P = last_ids_B
-        for step, num_rows in enumerate(num_drafting_K.tolist()):
-            exits.append(self._run_to_exits(plan, slots_BT, step, fed_P[:num_rows]))
+        for ahead, step in enumerate(route.draft_steps):
+            num_rows = step.num_rows
+            exits.append(self._run_to_exits(step, slots_BT, plan.num_computed_B + ahead, fed_P[:num_rows]))
             logits_PV = self._model.logits(exits[-1])
-            fed_P = choose(logits_PV, plan.sampling.first(num_rows), next_positions_B[:num_rows] + step)
+            fed_P = choose(logits_PV, plan.sampling.first(num_rows), next_positions_B[:num_rows] + ahead)
             ids.append(fed_P)
-        return Drafts(
-            ids_M=torch.cat(ids),
-            exits_MD=torch.cat(exits),
-            firsts_K=np.cumsum(num_drafting_K) - num_drafting_K,
-        )
+        return Drafts(ids_M=torch.cat(ids), exits_MD=torch.cat(exits))
 
-    def _run_to_exits(self, plan: Plan, slots_BT: Ints, step: int, ids_P: Tensor) -> Tensor:
-        """Exit hiddens [P, D] of the first P rows' tokens: together through the stack, each up to its exit."""
-        exit_layers_P = plan.exit_layers_B[: len(ids_P)]
-        # Deeper exits first, so that the rows that go on at a boundary are the first ones too.
-        order_P = np.argsort(-exit_layers_P, kind="stable")
-        hidden_PD = self._model.embed(ids_P[self._on_device(order_P)])
+    def _run_to_exits(self, step: DraftStep, slots_BT: Ints, positions_B: Ints, ids_P: Tensor) -> Tensor:
+        """Exit hiddens [P, D] of one token for each row: together through the stack, each up to its exit."""
+        hidden_PD = self._model.embed(ids_P if step.order_P is None else ids_P[step.order_P])
         left: list[Tensor] = []
-        first = 0
-        for exit_layer in np.unique(exit_layers_P).tolist():
-            rows = order_P[: len(hidden_PD)]
-            queries = self._attention.queries(
-                slots_BT[rows], plan.num_computed_B[rows] + step, np.ones_like(rows)
-            )
-            hidden_PD = self._model.run_layers(hidden_PD, first, exit_layer, queries)
-            num_going_on = int((exit_layers_P > exit_layer).sum())
-            left.append(hidden_PD[num_going_on:])
-            hidden_PD = hidden_PD[:num_going_on]
-            first = exit_layer
-        return torch.cat(left[::-1])[self._on_device(np.argsort(order_P))]
-
-    def _on_device(self, array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(self._model.device)
+        for leg in step.legs:
+            queries = self._attention.queries(leg.arrangement, slots_BT[leg.rows], positions_B[leg.rows])
+            hidden_PD = self._model.run_layers(hidden_PD, leg.first, leg.last, queries)
+            left.append(hidden_PD[leg.num_going_on :])
+            hidden_PD = hidden_PD[: leg.num_going_on]
+        return left[0] if step.back_P is None else torch.cat(left[::-1])[step.back_P]

@@ -35,8 +35,8 @@ MUTANTS = (
     Mutant(
         "a refused draft ends the kept run",
         "decoding/acceptance.py",
-        "equal_BK.long().cumprod(1).sum(1)",
-        "equal_BK.long().sum(1)",
+        "equal_BK.cumprod(1).sum(1)",
+        "equal_BK.sum(1)",
         MIXES,
     ),
     Mutant(
@@ -70,8 +70,8 @@ MUTANTS = (
     Mutant(
         "a draft is chosen with the noise of its own position",
         "decoding/drafting.py",
-        "next_positions_B[:num_rows] + step",
-        "next_positions_B[:num_rows] + step - 1",
+        "next_positions_B[:num_rows] + ahead",
+        "next_positions_B[:num_rows] + ahead - 1",
         TRANSPARENT,
     ),
     Mutant(

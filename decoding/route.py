@@ -1,0 +1,217 @@
+"""Which tokens of a step run in which layers: the indices that drafting and verification follow.
+
+Depends on a step's shape alone — tokens fed, draft lengths, exit layers — and on no position or content, so that
+consecutive steps of the same rows share one route.
+
+Shapes: B rows, P rows still drafting, N tokens of a leg, M positions that choose, K drafts, Q = K + 1 choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from decoding.attention import Arrangement, GatherAttention, Ints
+from decoding.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class DraftLeg:
+    """Layers first … last − 1 for one token of each of `rows`; the first `num_going_on` go on after it."""
+
+    first: int
+    last: int
+    rows: Ints
+    arrangement: Arrangement
+    num_going_on: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStep:
+    """One early pass over the first `num_rows` rows. `order_P` puts deeper exits first, `back_P` undoes that;
+    both are None where all exits are equal.
+    """
+
+    num_rows: int
+    legs: tuple[DraftLeg, ...]
+    order_P: Tensor | None
+    back_P: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyLeg:
+    """Layers first … last − 1 for the tokens that stand there: of row b, all but the first `skipped_B[b]`.
+
+    `join_N` picks them from the tokens of the leg before and, behind those, the exit hiddens of all drafts; for
+    the first leg, from the ids fed and, behind those, the ids of all drafts.
+    """
+
+    first: int
+    last: int
+    skipped_B: Ints
+    arrangement: Arrangement
+    join_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A step's way through the layers.
+
+    Drafts of all rows lie step after step in one list. `last_fed_B` picks each row's last fed id; `choosing_M` the
+    tokens of the last leg that choose (None: all), of rows `rows_M`, `ahead_M` positions after the row's first
+    computed one; `choices_BQ` and `drafts_BK` pick each row's choices and drafts, anything past its own.
+    """
+
+    last_fed_B: Tensor
+    draft_steps: tuple[DraftStep, ...]
+    verify_legs: tuple[VerifyLeg, ...]
+    choosing_M: Tensor | None
+    rows_M: Tensor
+    ahead_M: Tensor
+    choices_BQ: Tensor
+    drafts_BK: Tensor
+    draft_lengths_B: Tensor
+
+
+class Routes:
+    """Makes routes, and keeps the latest: while a batch decodes, step after step has the same shape."""
+
+    def __init__(self, attention: GatherAttention, *, num_layers: int, device: torch.device) -> None:
+        self._attention = attention
+        self._num_layers = num_layers
+        self._device = device
+        self._latest: tuple[tuple[bytes, ...], Route] | None = None
+
+    def of(self, plan: Plan) -> Route:
+        """The route of this plan."""
+        arrays = (plan.num_fed_B, plan.draft_lengths_B, plan.exit_layers_B, plan.chooses_B)
+        shape = tuple(array.tobytes() for array in arrays)
+        if self._latest is None or self._latest[0] != shape:
+            self._latest = (shape, self._make(plan))
+        return self._latest[1]
+
+    def _make(self, plan: Plan) -> Route:
+        lengths_B = plan.draft_lengths_B
+        num_drafting_K = (lengths_B > np.arange(lengths_B[0])[:, None]).sum(1)
+        drafts = _DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
+        whole = _Tokens(plan.num_fed_B + lengths_B, np.zeros_like(lengths_B))
+        # A row chooses after its last known token and after each of its drafts.
+        is_choice_N = plan.chooses_B[whole.rows_N] & (whole.steps_N >= plan.num_fed_B[whole.rows_N] - 1)
+        choosing_M = np.flatnonzero(is_choice_N)
+        num_choices_B = np.bincount(whole.rows_N[choosing_M], minlength=len(lengths_B))
+        columns_K = np.arange(lengths_B[0])
+        columns_Q = np.arange(lengths_B[0] + 1)
+        choices_BQ = (np.cumsum(num_choices_B) - num_choices_B)[:, None] + columns_Q
+        drafts_BK = drafts.index(np.arange(len(lengths_B))[:, None], columns_K)
+        return Route(
+            last_fed_B=self._on_device(np.cumsum(plan.num_fed_B) - 1),
+            draft_steps=self._draft_steps(plan, num_drafting_K),
+            verify_legs=self._verify_legs(plan, drafts),
+            choosing_M=None if is_choice_N.all() else self._on_device(choosing_M),
+            rows_M=self._on_device(whole.rows_N[choosing_M]),
+            ahead_M=self._on_device(whole.steps_N[choosing_M] + 1),
+            choices_BQ=self._on_device(np.where(columns_Q < num_choices_B[:, None], choices_BQ, 0)),
+            drafts_BK=self._on_device(np.where(columns_K < lengths_B[:, None], drafts_BK, 0)),
+            draft_lengths_B=self._on_device(lengths_B),
+        )
+
+    def _draft_steps(self, plan: Plan, num_drafting_K: Ints) -> tuple[DraftStep, ...]:
+        distinct = {
+            num_rows: self._draft_step(plan.exit_layers_B[:num_rows]) for num_rows in num_drafting_K.tolist()
+        }
+        return tuple(distinct[num_rows] for num_rows in num_drafting_K.tolist())
+
+    def _draft_step(self, exit_layers_P: Ints) -> DraftStep:
+        # Deeper exits first, so that the rows that go on at a boundary are the first ones.
+        order_P = np.argsort(-exit_layers_P, kind="stable")
+        exits = np.unique(exit_layers_P).tolist()
+        legs = []
+        for first, last in zip([0, *exits], exits, strict=False):
+            rows = order_P[: int((exit_layers_P > first).sum())]
+            arrangement = self._attention.arrange(np.ones_like(rows))
+            legs.append(DraftLeg(first, last, rows, arrangement, int((exit_layers_P > last).sum())))
+        is_uniform = len(exits) == 1
+        return DraftStep(
+            num_rows=len(exit_layers_P),
+            legs=tuple(legs),
+            order_P=None if is_uniform else self._on_device(order_P),
+            back_P=None if is_uniform else self._on_device(np.argsort(order_P)),
+        )
+
+    def _verify_legs(self, plan: Plan, drafts: _DraftList) -> tuple[VerifyLeg, ...]:
+        joins = np.unique(plan.exit_layers_B[plan.draft_lengths_B > 0]).tolist()
+        legs: list[VerifyLeg] = []
+        before: _Tokens | None = None
+        for first, last in zip([0, *joins], [*joins, self._num_layers], strict=True):
+            standing = _standing(plan, first)
+            join_N = (
+                _entering(plan, standing, drafts) if before is None else _joining(before, standing, drafts)
+            )
+            arrangement = self._attention.arrange(standing.counts_B)
+            legs.append(VerifyLeg(first, last, standing.skipped_B, arrangement, self._on_device(join_N)))
+            before = standing
+        return tuple(legs)
+
+    def _on_device(self, array: Ints) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class _DraftList:
+    """Where each draft lies in the list of all: row b's i-th at `firsts_K[i] + b`."""
+
+    firsts_K: Ints
+
+    def index(self, rows: Ints, steps: Ints) -> Ints:
+        return self.firsts_K[steps] + rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Ragged tokens in row order: row b has `counts_B[b]`, the first of them its `skipped_B[b]`-th."""
+
+    counts_B: Ints
+    skipped_B: Ints
+
+    @property
+    def rows_N(self) -> Ints:
+        return np.repeat(np.arange(len(self.counts_B)), self.counts_B)
+
+    @property
+    def firsts_B(self) -> Ints:
+        """Index in the ragged list of each row's first token."""
+        return np.cumsum(self.counts_B) - self.counts_B
+
+    @property
+    def steps_N(self) -> Ints:
+        """How many tokens of its row in this step come before each token."""
+        rows_N = self.rows_N
+        return np.arange(len(rows_N)) - (self.firsts_B - self.skipped_B)[rows_N]
+
+
+def _standing(plan: Plan, layer: int) -> _Tokens:
+    """Which tokens run in `layer`: below its exit layer a drafting row still lacks all but its last draft."""
+    is_early_B = (plan.draft_lengths_B > 0) & (plan.exit_layers_B > layer)
+    whole_B = plan.num_fed_B + plan.draft_lengths_B
+    return _Tokens(np.where(is_early_B, 1, whole_B), np.where(is_early_B, whole_B - 1, 0))
+
+
+def _entering(plan: Plan, standing: _Tokens, drafts: _DraftList) -> Ints:
+    """Fed tokens, and the last draft of each drafting row: an index into fed ids, then drafted ids."""
+    rows_N, steps_N = standing.rows_N, standing.steps_N
+    is_draft_N = plan.draft_lengths_B[rows_N] > 0
+    index_N = (np.cumsum(plan.num_fed_B) - plan.num_fed_B)[rows_N] + steps_N
+    index_N[is_draft_N] = plan.num_fed_B.sum() + drafts.index(rows_N[is_draft_N], steps_N[is_draft_N] - 1)
+    return index_N
+
+
+def _joining(before: _Tokens, after: _Tokens, drafts: _DraftList) -> Ints:
+    """The tokens of the leg before, and the exit hiddens of the rows whose exit layer this is, in their places."""
+    rows_N, steps_N = after.rows_N, after.steps_N
+    joins_N = steps_N < before.skipped_B[rows_N]
+    index_N = (before.firsts_B - before.skipped_B)[rows_N] + steps_N
+    index_N[joins_N] = before.counts_B.sum() + drafts.index(rows_N[joins_N], steps_N[joins_N])
+    return index_N
