@@ -100,7 +100,7 @@ class GatherAttention:
         self._repeats = shape.num_heads // shape.num_kv_heads
 
     def arrange(self, counts_B: Ints) -> Arrangement:
-        """Prepare for `counts_B[b]` ≥ 1 queries of row b: neighbouring short rows share a block, long ones do not."""
+        """Prepare for `counts_B[b]` ≥ 1 queries of row b. Short neighbours share a block, long rows do not."""
         rows_N = np.repeat(np.arange(len(counts_B)), counts_B)
         firsts_B = np.cumsum(counts_B) - counts_B
         edges = [0]

@@ -13,6 +13,7 @@ from typing import Any, Final
 from config.errors import StartupError
 from decoding.messages import SamplingParams, TextAssets
 
+_HUB_SILENCE_S: Final = 10.0
 _NEEDED_FILES: Final = ["*.json", "*.safetensors", "*.jinja"]
 _SUPPORTED: Final = (
     "a Llama-architecture checkpoint (Llama 2, Llama 3, Code Llama, SmolLM2, facebook/layerskip-*)"
@@ -52,11 +53,8 @@ class Checkpoint:
 def open_checkpoint(model: str, *, revision: str | None) -> Checkpoint:
     """Resolve a folder or hub id and check that it is one we serve. Raises CheckpointError."""
     folder = _find_folder(model, revision)
-    raw = _read_config(folder)
-    from transformers import LlamaConfig
-
-    config = LlamaConfig.from_dict(raw)
-    return Checkpoint(folder=folder, config=config, shape=_shape(config))
+    config = _llama_config(folder / "config.json", _read_config(folder))
+    return Checkpoint(folder=folder, config=config, shape=_shape(config, folder / "config.json"))
 
 
 def sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
@@ -84,7 +82,7 @@ def text_assets(checkpoint: Checkpoint) -> TextAssets:
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
         portable = tokenizer.backend_tokenizer.to_str()
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.folder}: no usable tokenizer: {_first_line(error)}") from error
     return TextAssets(
         tokenizer_json=portable,
@@ -114,9 +112,12 @@ def _find_folder(model: str, revision: str | None) -> Path:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    import httpx2
+    from huggingface_hub import get_session, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    # By default the hub's client waits for ever for a hub that accepts the connection and says nothing.
+    get_session().timeout = _HUB_SILENCE_S
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_NEEDED_FILES))
     except GatedRepoError as error:
@@ -128,7 +129,7 @@ def _download(model: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         remedy = "check the name, set HF_TOKEN if it is private, or pass a folder"
         raise CheckpointError(f"{model}: no such repository on the hub; {remedy}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         remedy = "pass the path of a downloaded checkpoint folder, or start where the hub can be reached"
         raise CheckpointError(
             f"{model}: not in the local cache and the hub cannot be reached; {remedy}"
@@ -167,10 +168,24 @@ def _read_json(path: Path) -> dict[str, object]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _shape(config: object) -> ModelShape:
+def _llama_config(path: Path, raw: dict[str, object]) -> object:
+    """transformers' reading of the file: defaults, names of older releases, RoPE scaling."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    try:
+        config = LlamaConfig.from_dict(raw)
+        LlamaRotaryEmbedding(config)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: describes no Llama model: {_first_line(error)}") from error
+    return config
+
+
+def _shape(config: object, path: Path) -> ModelShape:
     sizes: dict[str, Any] = vars(config)
     num_heads = int(sizes["num_attention_heads"])
-    return ModelShape(
+    shape = ModelShape(
         num_layers=int(sizes["num_hidden_layers"]),
         model_width=int(sizes["hidden_size"]),
         num_heads=num_heads,
@@ -183,6 +198,13 @@ def _shape(config: object) -> ModelShape:
         is_head_tied=bool(sizes.get("tie_word_embeddings")),
         stored_dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
     )
+    counts = (shape.num_layers, shape.model_width, shape.num_heads, shape.num_kv_heads, shape.mlp_width)
+    if min(*counts, shape.vocab_size, shape.max_positions) < 1:
+        raise CheckpointError(f"{path}: a size is below 1: {counts}; pass {_SUPPORTED}")
+    if shape.num_heads % shape.num_kv_heads or shape.head_width % 2:
+        heads = f"{shape.num_heads} heads of width {shape.head_width} on {shape.num_kv_heads} key/value heads"
+        raise CheckpointError(f"{path}: {heads} cannot be attended; pass {_SUPPORTED}")
+    return shape
 
 
 def _number(value: object, neutral: float) -> float:

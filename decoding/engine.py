@@ -141,7 +141,10 @@ def build_runtime(
     """The model on its device, its cache beside it, and what the cache holds."""
     sizes = checkpoint.shape
     shape = AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_width)
-    weights = load_weights(checkpoint, _placement(settings, checkpoint, device, dtype), progress)
+    with tempfile.TemporaryDirectory(prefix="layerskip-offload-") as folder:
+        offloads = settings.loader == "accelerate" or exceeds_device(weight_bytes(checkpoint, dtype), device)
+        placement = Placement(device=device, dtype=dtype, offload_folder=Path(folder) if offloads else None)
+        weights = load_weights(checkpoint, placement, progress)
     capacity = plan_capacity(settings, checkpoint, shape, dtype, device)
     attention = GatherAttention(
         shape=shape,
@@ -181,14 +184,6 @@ def pick_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _placement(
-    settings: EngineSettings, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> Placement:
-    offload = settings.loader == "accelerate" or exceeds_device(weight_bytes(checkpoint, dtype), device)
-    folder = Path(tempfile.mkdtemp(prefix="layerskip-offload-")) if offload else None
-    return Placement(device=device, dtype=dtype, offload_folder=folder)
 
 
 def _limits(

@@ -32,6 +32,10 @@ def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Specula
     """Settings first, then the checkpoint's profile, then a share of its layers. Raises SettingsError."""
     profile = find_profile(settings.model)
     possible = range(1, num_layers)
+    if not possible:
+        raise SettingsError(
+            f"model {settings.model}: a checkpoint of {num_layers} layer has none to leave early from"
+        )
     allowed = tuple(sorted(set(settings.allowed_exit_layers or possible)))
     strange = [layer for layer in allowed if layer not in possible]
     if strange:

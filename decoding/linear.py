@@ -8,7 +8,6 @@ Shapes: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Final, Protocol
 
 import torch
@@ -16,6 +15,9 @@ from torch import Tensor
 
 _HALF_ROUNDING: Final = 2.0**-25
 """Largest change that float16 makes to a bfloat16 weight: half a step of its subnormals."""
+
+_MATRIX_ROUNDING: Final = 2.0**-22
+"""Largest change of a whole matrix, relative to its norm: what float32 products round to anyway."""
 
 
 class Linear(Protocol):
@@ -59,15 +61,15 @@ class HalfStoredLinear:
 
 
 class OffloadedLinear:
-    """A matrix that lies outside the device and is fetched for every use. Slow; for models that do not fit."""
+    """A matrix that lies outside the device and is copied there for every use. For models that do not fit."""
 
-    def __init__(self, fetch_OI: Callable[[], Tensor], device: torch.device) -> None:
-        self._fetch_OI = fetch_OI
+    def __init__(self, outside_OI: Tensor, device: torch.device) -> None:
+        self._outside_OI = outside_OI
         self._device = device
 
     def __call__(self, x_NI: Tensor, /) -> Tensor:
         """Apply the matrix."""
-        return torch.mm(x_NI, self._fetch_OI().to(self._device, x_NI.dtype).t())
+        return torch.mm(x_NI, self._outside_OI.to(self._device).t())
 
 
 def store(weight_OI: Tensor) -> Linear:
@@ -81,4 +83,8 @@ def _fits_half(weight_OI: Tensor) -> bool:
     available = hasattr(torch, "fbgemm_pack_gemm_matrix_fp16") and (
         "fbgemm" in torch.backends.quantized.supported_engines
     )
-    return available and bool((weight_OI.half().float() - weight_OI).abs().max() <= _HALF_ROUNDING)
+    if not available:
+        return False
+    change_OI = weight_OI.half().float().sub_(weight_OI)
+    is_small = change_OI.norm() <= _MATRIX_ROUNDING * weight_OI.norm()
+    return bool(is_small & (change_OI.abs_().max() <= _HALF_ROUNDING))

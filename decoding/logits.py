@@ -78,8 +78,8 @@ class Sampling:
 def process(logits_NV: Tensor, sampling: Sampling) -> Tensor:
     """Scores [N, V] in float32 or float64: logits over temperature, dropped tokens at −∞.
 
-    Filters act in this order: temperature, min-p, top-k, top-p, each on what the one before left. Rows with
-    temperature 0 keep their logits. A new tensor; equal logits are kept or dropped together.
+    Filters act in this order: temperature, min-p, top-k, top-p, each on what the one before left. In rows with
+    temperature 0 the best token keeps its logit. A new tensor; equal logits are kept or dropped together.
     """
     scores_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
     scores_NV /= torch.where(sampling.temperatures_N > 0, sampling.temperatures_N, 1.0).to(scores_NV)[:, None]
@@ -122,7 +122,7 @@ def _cut(scores_NV: Tensor, sampling: Sampling, width: int) -> Tensor | None:
     top_ps_N = torch.where(sampling.top_ps_N < 1, sampling.top_ps_N, torch.inf).to(scores_NV)
     num_kept_N = ((mass_before_NW < top_ps_N[:, None]) & ~outside_NW).sum(-1)
     is_free_N = ~has_top_k_N & (sampling.top_ps_N >= 1)
-    is_settled_N = is_free_N | (num_kept_N < width) | (sampling.top_ks_N == width)
+    is_settled_N = is_free_N | torch.where(has_top_k_N, sampling.top_ks_N <= width, num_kept_N < width)
     if not is_whole and not bool(is_settled_N.all()):
         return None
     return ranked_NW.gather(-1, (num_kept_N - 1)[:, None])[:, 0].masked_fill(is_free_N, -torch.inf)

@@ -137,8 +137,7 @@ class Limits(msgspec.Struct, frozen=True):
 class TextAssets(msgspec.Struct, frozen=True):
     """What the API process needs to turn text into ids and back, so that it never loads transformers.
 
-    `bos_token_id` is None when the tokenizer's own post-processor decides. `eos_token_ids` holds every
-    end-of-sequence id of the generation config.
+    `eos_token_ids` holds every end-of-sequence id of the generation config and the tokenizer.
     """
 
     tokenizer_json: str

@@ -7,13 +7,13 @@ Shapes: D model width, V vocabulary, O outputs, I inputs, H query heads, G key/v
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,7 +28,15 @@ _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
 
 
+_FLOATING: Final = ("F64", "F32", "F16", "BF16")
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
 class _Slices(Protocol):
+    def get_dtype(self) -> str: ...
     def get_shape(self) -> list[int]: ...
     def __getitem__(self, key: slice) -> Tensor: ...
 
@@ -62,6 +70,9 @@ class TensorFiles:
         if list(stored.get_shape()) != list(out.shape):
             found, expected = stored.get_shape(), list(out.shape)
             raise CheckpointError(f"{path}: tensor {name} has shape {found}, config.json asks for {expected}")
+        if stored.get_dtype() not in _FLOATING:
+            remedy = "pass a checkpoint that is not quantised"
+            raise CheckpointError(f"{path}: tensor {name} holds {stored.get_dtype()}, not floats; {remedy}")
         out.copy_(stored[:])
 
     def _open(self, path: Path) -> _OpenFile:
@@ -78,8 +89,7 @@ class TensorFiles:
 
 def _file_of_tensors(folder: Path, open_file: Callable[[Path], _OpenFile]) -> dict[str, str]:
     if (folder / _INDEX).is_file():
-        listed = json.loads((folder / _INDEX).read_text(encoding="utf-8")).get("weight_map", {})
-        return {str(name): str(file_name) for name, file_name in listed.items()}
+        return _read_index(folder / _INDEX)
     if (folder / _SINGLE).is_file():
         return dict.fromkeys(open_file(folder / _SINGLE).keys(), _SINGLE)
     pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
@@ -89,11 +99,19 @@ def _file_of_tensors(folder: Path, open_file: Callable[[Path], _OpenFile]) -> di
     raise CheckpointError(f"{folder}: {found}; convert the checkpoint to {_SINGLE}")
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path}: not an index of safetensors files: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where weights go: the device and dtype they are used in.
 
-    With an `offload_folder`, matrices are written there by accelerate and mapped in for every use.
+    With an `offload_folder`, matrices are written there by accelerate and mapped into memory for use; once
+    everything is loaded the folder may be deleted.
     """
 
     device: torch.device
@@ -203,10 +221,13 @@ def _neighbouring_pairs(rows_OI: Tensor, head_width: int) -> Tensor:
 
 
 def _offload(weight_OI: Tensor, name: str, folder: Path, device: torch.device) -> Linear:
-    from accelerate.utils import load_offloaded_weight, offload_weight
+    from accelerate.utils import offload_weight
 
-    entry = offload_weight(weight_OI, name, folder, index={})[name]
-    return OffloadedLinear(lambda: load_offloaded_weight(folder / f"{name}.dat", entry), device)
+    offload_weight(weight_OI, name, folder)
+    mapped = torch.from_file(
+        str(folder / f"{name}.dat"), shared=False, size=weight_OI.numel(), dtype=weight_OI.dtype
+    )
+    return OffloadedLinear(mapped.view_as(weight_OI), device)
 
 
 def _head_name(shape: ModelShape) -> str:

@@ -1,4 +1,3 @@
-# ruff: noqa: N818 -- the house names a refusal by what happened
 """Every refusal a client can meet, and its shape on the wire: `{"error": {message, type, param, code}}`.
 
 Knows statuses and words; knows nothing of when to raise them. What a client sent is never echoed whole.

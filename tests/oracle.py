@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
 
 from decoding.messages import Generate, SamplingParams
+from tests.tiny import load_reference
 
 MASK = 0xFFFFFFFF
 
@@ -72,7 +72,7 @@ class NaiveDecoder:
     """transformers on the same weights in float64, one row, one token at a time, every layer."""
 
     def __init__(self, folder: Path) -> None:
-        self._model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+        self._model = load_reference(folder, torch.float64)
 
     @torch.inference_mode()
     def decode(self, request: Generate) -> list[int]:

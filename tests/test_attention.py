@@ -109,7 +109,7 @@ class Bench:
             slots_T[:end] = row.slots[:end]
         spans = list(zip(chosen, starts, counts, strict=True))
         qkv_NW = torch.from_numpy(np.concatenate([row.fused[s : s + c] for row, s, c in spans]))
-        queries = self.attention.queries(slots_BT, np.array(starts), np.array(counts))
+        queries = self.attention.queries(self.attention.arrange(np.array(counts)), slots_BT, np.array(starts))
         got = self.attention.attend(layer, qkv_NW, queries)
         expected = [row.attended(self.shape, t) for row, s, c in spans for t in range(s, s + c)]
         np.testing.assert_allclose(got.numpy(), np.array(expected), rtol=0, atol=1e-10)

@@ -64,7 +64,7 @@ class Loaded:
     def queries(self, starts: list[int], counts: list[int]) -> Queries:
         """Rows in consecutive stretches of slots."""
         slots_BT = np.arange(len(starts))[:, None] * NUM_POSITIONS + np.arange(NUM_POSITIONS)
-        return self.attention.queries(slots_BT, np.array(starts), np.array(counts))
+        return self.attention.queries(self.attention.arrange(np.array(counts)), slots_BT, np.array(starts))
 
     def logits_after(self, ids_N: Tensor, last: int) -> Tensor:
         hidden_ND = self.decoder.embed(ids_N)
@@ -191,7 +191,9 @@ def test_a_ragged_batch_in_chunks_equals_each_row_whole(plain: Loaded) -> None:
         active = [i for i in range(3) if counts[i]]
         slots_BT = np.array(active)[:, None] * NUM_POSITIONS + np.arange(NUM_POSITIONS)
         queries = plain.attention.queries(
-            slots_BT, np.array([computed[i] for i in active]), np.array([counts[i] for i in active])
+            plain.attention.arrange(np.array([counts[i] for i in active])),
+            slots_BT,
+            np.array([computed[i] for i in active]),
         )
         ids_N = torch.cat([rows[i][computed[i] :][: counts[i]] for i in active])
         logits_NV = plain.decoder.logits(
