@@ -92,8 +92,13 @@ class GatherAttention:
         self, *, shape: AttentionShape, cache: KVCache, rotations_TF: Tensor, dtype: torch.dtype
     ) -> None:
         """`rotations_TF` is complex: how the head's pairs turn at each position up to the longest context."""
-        self._shape = shape
         self._cache = cache
+        self._num_heads, self._num_kv_heads, self._head_width = (
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_width,
+        )
+        self._query_width = shape.num_heads * shape.head_width
         self._rotations_T1F = rotations_TF[:, None, :]
         self._dtype = dtype
         self._device = rotations_TF.device
@@ -123,7 +128,7 @@ class GatherAttention:
         ends_B = starts_B + arrangement.counts_B
         return Queries(
             slots_N=self._on_device(slots_BT[arrangement.rows_N, positions_N]),
-            rotations_N1F=self._rotations_T1F[self._on_device(positions_N)],
+            rotations_N1F=self._rotations_T1F.index_select(0, self._on_device(positions_N)),
             rectangles=tuple(
                 self._rectangle(
                     block, slots_BT, starts_B, int(ends_B[block.first_row : block.last_row].max())
@@ -134,12 +139,10 @@ class GatherAttention:
 
     def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
         """Rotate queries and keys in place, store keys and values, attend: [N, H·F]."""
-        shape = self._shape
-        num_rotated = shape.num_heads + shape.num_kv_heads
-        heads_NHF = qkv_NW.view(len(qkv_NW), num_rotated + shape.num_kv_heads, shape.head_width)
-        rotate_(heads_NHF[:, :num_rotated], queries.rotations_N1F)
-        self._cache.store(layer, qkv_NW[:, shape.num_heads * shape.head_width :], queries.slots_N)
-        queries_NHF = heads_NHF[:, : shape.num_heads]
+        heads_NHF = qkv_NW.view(qkv_NW.shape[0], -1, self._head_width)
+        rotate_(heads_NHF[:, : self._num_heads + self._num_kv_heads], queries.rotations_N1F)
+        self._cache.store(layer, qkv_NW[:, self._query_width :], queries.slots_N)
+        queries_NHF = heads_NHF[:, : self._num_heads]
         if len(queries.rectangles) == 1:
             return self._attend_rectangle(layer, queries_NHF, queries.rectangles[0])
         return torch.cat(
@@ -187,18 +190,23 @@ class GatherAttention:
         return mask.masked_fill_(self._on_device(hidden_BQT), -torch.inf)[:, None]
 
     def _attend_rectangle(self, layer: int, queries_NHF: Tensor, rectangle: _Rectangle) -> Tensor:
-        shape, block = self._shape, rectangle.block
+        block, groups, width = rectangle.block, self._num_kv_heads, self._head_width
         rows = block.last_row - block.first_row
         if block.pad is not None:
             queries_NHF = queries_NHF[block.pad]
         # Queries that share a key become neighbours in the query dimension, so no key is copied for them.
-        grouped = queries_NHF.reshape(rows, -1, shape.num_kv_heads, self._repeats, shape.head_width)
-        packed = grouped.transpose(1, 2).reshape(rows, shape.num_kv_heads, -1, shape.head_width)
-        context = self._cache.gather(layer, rectangle.context_slots)
-        keys, values = context.view(rows, -1, 2, shape.num_kv_heads, shape.head_width).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(packed, keys, values, attn_mask=rectangle.mask)
-        unpacked = attended.view(rows, shape.num_kv_heads, -1, self._repeats, shape.head_width)
-        flat_NW = unpacked.transpose(1, 2).reshape(-1, shape.num_heads * shape.head_width)
+        grouped = queries_NHF.reshape(rows, -1, groups, self._repeats, width)
+        packed = grouped.transpose(1, 2).reshape(rows, groups, -1, width)
+        context = (
+            self._cache.gather(layer, rectangle.context_slots)
+            .view(rows, -1, 2 * groups, width)
+            .transpose(1, 2)
+        )
+        attended = F.scaled_dot_product_attention(
+            packed, context[:, :groups], context[:, groups:], attn_mask=rectangle.mask
+        )
+        unpacked = attended.view(rows, groups, -1, self._repeats, width)
+        flat_NW = unpacked.transpose(1, 2).reshape(-1, self._query_width)
         return flat_NW if block.unpad is None else flat_NW[block.unpad]
 
     def _on_device(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
