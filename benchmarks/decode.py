@@ -8,8 +8,7 @@ verify pass) is "predicted". A "meas/pred" well below 1 means that time goes whe
 "kept" is the acceptance rate, kept drafts over drafted ones; "host" the share of decoding time spent
 planning and committing; "prefill" the share of all time before the first tokens, which speculation cannot
 shorten and which pulls every ratio towards 1. The grid of exit layers and draft lengths is scanned
-briefly, on few prompts; the best of each kind then meet in the finals, and only the finals are to be
-quoted. Texts are compared throughout: greedy ones of all contenders, sampled ones of ours, must equal plain
+once; the best of each kind then meet in the finals, and only the finals are to be quoted. Texts are compared throughout: greedy ones of all contenders, sampled ones of ours, must equal plain
 decoding of the prompt alone.
 """
 
@@ -36,9 +35,7 @@ from benchmarks.timing import Contender, Job, Prompt, Record, Sampled, race
 from config.settings import BUNDLED_CHECKPOINT, Dtype, EngineSettings
 from decoding.engine import Engine
 
-_NUM_SOLO_PROMPTS = 6
-_NUM_SCAN_PROMPTS = 2
-_SCAN_ROUNDS = 2
+_NUM_RIVAL_SCAN_PROMPTS = 2
 _RIVAL_DRAFT_LENGTHS = (2, 4, 6, 8)
 _OUR_DEPTHS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
 _RIVAL_DEPTHS = (1 / 8, 1 / 4, 3 / 8)
@@ -72,19 +69,14 @@ class Bench:
 
     def measure(self, sampled: Sampled, batches: Sequence[int]) -> Findings:
         """Scan and finals at every batch size, smallest first: its winner also starts in the larger ones."""
-        solo = self._jobs(1, sampled, len(self.prompts), self.new_tokens)
-        self.agreement.refer_to(self.plain, solo)
+        self.agreement.refer_to(self.plain, self._full_jobs(1, sampled))
         found = Findings(sampled)
         for batch in sorted(batches):
             _say(f"{sampled.label}, batch {batch}: scanning")
-            num_prompts = _NUM_SCAN_PROMPTS if batch == 1 else batch
-            found.scans[batch] = self._scan(batch, self._jobs(batch, sampled, num_prompts, self.scan_tokens))
+            found.scans[batch] = self._scan(batch, sampled)
             finalists = self._finalists(found, batch)
             _say(f"{sampled.label}, batch {batch}: finals of {', '.join(c.name for c in finalists)}")
-            num_prompts = _NUM_SOLO_PROMPTS if batch == 1 else len(self.prompts)
-            found.finals[batch] = self._race(
-                finalists, self._jobs(batch, sampled, num_prompts, self.new_tokens), self.repeats
-            )
+            found.finals[batch] = self._race(finalists, self._full_jobs(batch, sampled), self.repeats)
         return found
 
     def _ours(self, exit_layer: int, draft_length: int) -> Ours:
@@ -95,14 +87,18 @@ class Bench:
         records: dict[str, Record] = race(contenders, jobs, num_rounds=num_rounds, witness=witness)
         return [Line(c, records[c.name], records[self.plain.name]) for c in contenders]
 
-    def _scan(self, batch: int, jobs: Sequence[Job]) -> list[Line]:
-        """The grid, ours apart from the slow rival's, so that our settings are timed close to one another."""
+    def _scan(self, batch: int, sampled: Sampled) -> list[Line]:
+        """The grid: ours on the work of the finals, the slow rival's on a little of it."""
         ours = [self.plain, *(self._ours(*setting) for setting in self.grid.ours)]
-        lines = self._race(ours, jobs, min(_SCAN_ROUNDS, self.repeats))
+        lines = self._race(ours, self._full_jobs(batch, sampled), 1)
         if batch == 1:
             rivals = [TransformersAssisted(self.model, *setting) for setting in self.grid.rival]
-            lines += self._race([self.plain, *rivals], jobs, 1)[1:]
+            few = self._jobs(1, sampled, _NUM_RIVAL_SCAN_PROMPTS, self.scan_tokens)
+            lines += self._race([self.plain, *rivals], few, 1)[1:]
         return lines
+
+    def _full_jobs(self, batch: int, sampled: Sampled) -> list[Job]:
+        return self._jobs(batch, sampled, len(self.prompts), self.new_tokens)
 
     def _finalists(self, found: Findings, batch: int) -> list[Contender]:
         """Both plain decoders, the fastest assisted one, our two fastest, and the winner at batch 1."""
@@ -227,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decode",
         description="Time decoding against transformers on the same weights; ends with one line of JSON. "
-        "With the defaults about 8 minutes on 2 idle cores; --quick about 2.",
+        "With the defaults about 10 minutes on 2 idle cores; --quick about 2.",
     )
     add = parser.add_argument
     add("--model", default=str(BUNDLED_CHECKPOINT), help="checkpoint folder (default: the bundled one)")

@@ -1,4 +1,4 @@
-"""The Python beginnings that decoding is timed on, of 10 to 120 tokens each.
+"""The Python beginnings that decoding is timed on: four as short as a person types, four as long as a function.
 
 Knows text only; tokenizers belong to the checkpoints.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 from typing import Final
 
 PROMPTS: Final[tuple[str, ...]] = (
+    "def fibonacci(n):\n",
+    "class Point:\n    def __init__(self, x, y):\n",
+    "import argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
+    "with open(path) as file:\n    for line in file:\n",
     '''import os
 import sys
 
@@ -26,9 +30,6 @@ def list_files(directory):
 
     def pop(self):
 """,
-    '''def fibonacci(n):
-    """Return the first n Fibonacci numbers."""
-''',
     """import unittest
 
 
@@ -52,28 +53,4 @@ class QueueTest(unittest.TestCase):
     name, separator, value = line.partition(":")
     if not separator:
 ''',
-    """for key, value in sorted(self.items()):
-    if value is None:
-""",
-    '''class Reader:
-    """Read lines from a file object."""
-
-    def __init__(self, fileobj, encoding="utf-8"):
-        self.fileobj = fileobj
-        self.encoding = encoding
-        self.closed = False
-
-    def readline(self, size=-1):
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
-''',
-    """try:
-    import threading
-except ImportError:
-    threading = None
-
-def main(args=None):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("-v", "--verbose", action="store_true")
-""",
 )

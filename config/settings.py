@@ -117,9 +117,7 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     max_queued_requests: int = Field(
         default=512, ge=0, description="Sequences waiting beyond max_num_seqs before requests get 429."
     )
-    max_body_bytes: int = Field(
-        default=4 * 1024 * 1024, ge=1024, description="Largest request body, in bytes."
-    )
+    max_body_bytes: int = Field(default=1024 * 1024, ge=1024, description="Largest request body, in bytes.")
     max_n: int = Field(default=16, ge=1, description="Most choices for one prompt.")
     max_prompts: int = Field(default=64, ge=1, description="Most prompts in one request.")
     max_sequences_per_request: int = Field(

@@ -107,7 +107,7 @@ def test_body_over_the_limit_is_a_413_whether_declared_or_chunked(server):
         assert answer.startswith(b"HTTP/1.1 413")
         error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
         assert error["code"] == "body_too_large"
-        assert "4194304" in error["message"]
+        assert "1048576" in error["message"]
     assert server.metric("layerskip_rejected_requests_total", reason="too_large") == before + 2
 
 
