@@ -7,9 +7,9 @@ decoding ("x own γ=0") and beside what its parts promise: tokens per cycle x pl
 verify pass) is "predicted". A "meas/pred" well below 1 means that time goes where no model layer runs.
 "kept" is the acceptance rate, kept drafts over drafted ones; "host" the share of decoding time spent
 planning and committing; "prefill" the share of all time before the first tokens, which speculation cannot
-shorten and which pulls every ratio towards 1. The grid of exit layers and draft lengths is scanned
-once; the best of each kind then meet in the finals, and only the finals are to be quoted. Texts are compared throughout: greedy ones of all contenders, sampled ones of ours, must equal plain
-decoding of the prompt alone.
+shorten and which pulls every ratio towards 1. The grid of exit layers and draft lengths is scanned once; the
+best of each kind then meet in the finals, and only the finals are to be quoted. Texts are compared
+throughout: greedy ones of all contenders, sampled ones of ours, must equal plain decoding of the prompt alone.
 """
 
 from __future__ import annotations
