@@ -26,7 +26,7 @@ NUM_STREAMS = 8
 FITTING_TEXT = "def f(x):\n    return x\n" * 150
 TEXT_BODY = json.dumps({"prompt": [FITTING_TEXT] * 63 + [FITTING_TEXT * 10]}).encode()
 NUM_TEXT_CLIENTS = 5_000_000 // len(TEXT_BODY)
-IDS_BODY = json.dumps({"prompt": [[7] * 2000] * 480}).encode()
+IDS_BODY = json.dumps({"prompt": [[7] * 2000] * 170}).encode()
 STREAM_BODY = json.dumps({"prompt": "def f(", "max_tokens": 200, "ignore_eos": True, "stream": True}).encode()
 
 

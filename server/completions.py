@@ -154,7 +154,8 @@ class Completion:
             yield [Chunk(choice.index, self._echo(choice.index)) for choice in self._choices.values()]
         try:
             while any(choice.finish_reason is None for choice in self._choices.values()):
-                yield [self._take(arrival) for arrival in await self._stream.next()]
+                chunks = [self._take(arrival) for arrival in await self._stream.next()]
+                yield [chunk for chunk in chunks if chunk is not None]
         except ApiError:
             self._end("error")
             raise
@@ -203,13 +204,13 @@ class Completion:
         prompt: Prompt = self.plan.request.prompt[choice_index // self.plan.request.num_choices]
         return prompt if isinstance(prompt, str) else self._model.codec.decode(prompt)
 
-    def _take(self, arrival: Arrival) -> Chunk:
+    def _take(self, arrival: Arrival) -> Chunk | None:
+        """The chunk of an event; None if it came together with the one that completed a stop string."""
         decoded = arrival.decoded
         choice = self._choices[decoded.sequence_id]
         if choice.finish_reason is not None:
-            # It came together with the event that completed a stop string.
             self._model.metrics.discarded(len(decoded.token_ids))
-            return Chunk(choice.index, "")
+            return None
         if not choice.has_begun and self._is_first(choice):
             self._model.metrics.prompt_tokens.inc(len(choice.sequence.prompt_ids))
         self._drafts.record(exit_layer=decoded.exit_layer, drafted=decoded.drafted, kept=decoded.kept)

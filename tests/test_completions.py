@@ -1,0 +1,66 @@
+"""A completion ends where its text does, however the events of its sequences come bundled."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from config.settings import BUNDLED_CHECKPOINT, Settings
+from decoding.messages import Abort, Decoded, FinishReason
+from server.codec import Codec
+from server.completions import Completion, plan_completion
+from server.metrics import Metrics
+from server.openai_types import CompletionRequest
+from tests.test_engine_client import Played
+
+TOKENIZER = (BUNDLED_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8")
+
+
+class Desk:
+    """What a completion needs of a served model, with the test as its worker."""
+
+    def __init__(self) -> None:
+        self.played = Played().ready()
+        self.metrics = Metrics(model_name="m")
+        self.client = self.played.client
+        self.codec = Codec(SimpleNamespace(tokenizer_json=TOKENIZER), self.client.ready.limits)
+        self.settings = Settings.load({})
+        self.name = "m"
+
+    def answer_to(self, name: str | None) -> None:
+        assert name is None
+
+    async def completion(self, **body: object) -> Completion:
+        request = CompletionRequest.model_validate(body)
+        return Completion(await plan_completion(request, self, answer_id="cmpl-1"), self)
+
+    def ids(self, text: str) -> list[int]:
+        return self.codec._tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("num_late", [0, 1, 3])
+def test_events_behind_a_stop_string_change_nothing_but_the_discarded_count(num_late: int) -> None:
+    """They were under way when the stop string was found, and may be read together with it or later."""
+
+    async def run() -> None:
+        desk = Desk()
+        completion = await desk.completion(prompt="x", max_tokens=8, stop=["stop"])
+        (sequence,) = completion.plan.sequences
+        said = desk.ids("go on, stop here")
+        desk.played.step(Decoded(sequence.sequence_id, said, 0, 0, 4))
+        late = [Decoded(sequence.sequence_id, [7, 7], 2, 1, 4)] * num_late
+        if late:
+            late[-1] = Decoded(sequence.sequence_id, [7], 0, 0, 4, FinishReason.LENGTH)
+        desk.played.step(*late)
+        answer = await asyncio.wait_for(completion.complete(), 1)
+        (choice,) = answer["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("go on, ", "stop", "stop")
+        delivered = answer["usage"]["completion_tokens"]
+        assert 0 < delivered < len(said)
+        assert answer["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
+        aborts = [command for command in desk.played.process.sent if isinstance(command, Abort)]
+        assert len(aborts) == (num_late == 0)
+
+    asyncio.run(run())
