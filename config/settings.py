@@ -76,7 +76,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     max_num_seqs: int = Field(default=64, ge=1, le=4096, description="Sequences decoded together at most.")
     max_num_batched_tokens: int = Field(
-        default=512, ge=1, description="Prompt tokens computed in one step at most."
+        default=512, ge=1, description="Tokens computed in one step at most: prompts, next tokens, drafts."
     )
     block_size: int = Field(default=16, ge=1, le=1024, description="Tokens in one block of the KV cache.")
     num_blocks: int | None = Field(

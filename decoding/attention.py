@@ -25,6 +25,9 @@ Ints = NDArray[np.int64]
 _MAX_SHARED_QUERIES: Final = 32
 """Rows with more queries than this are attended alone: padding others to their length would cost more."""
 
+_SHORT_CONTEXT: Final = 512
+"""Padding a row to a context up to this costs less than attending it in a call of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -41,7 +44,7 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class _Band:
     """Rows first_row … last_row − 1, padded to `num_queries` each: tokens first … last − 1 of the ragged list.
 
     `steps_BQ` says which of its row's queries each padded one is; rows that have fewer repeat their last.
@@ -64,14 +67,14 @@ class Arrangement:
     counts_B: Ints
     rows_N: Ints
     steps_N: Ints
-    blocks: tuple[_Block, ...]
+    bands: tuple[_Band, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rectangle:
-    """A block at its positions: the slots of its rows' contexts, row after row, and what each query may see."""
+    """A band at its positions: the slots of its rows' contexts, row after row, and what each query may see."""
 
-    block: _Block
+    band: _Band
     context_slots: Tensor
     mask: Tensor | None
 
@@ -104,19 +107,21 @@ class GatherAttention:
         self._device = rotations_TF.device
         self._repeats = shape.num_heads // shape.num_kv_heads
 
-    def arrange(self, counts_B: Ints) -> Arrangement:
-        """Prepare for `counts_B[b]` ≥ 1 queries of row b. Short neighbours share a block, long rows do not."""
+    def arrange(self, counts_B: Ints, classes_B: Ints) -> Arrangement:
+        """Prepare for `counts_B[b]` ≥ 1 queries of row b, whose context is of class `classes_B[b]`.
+
+        Neighbours share a band if they have few queries and contexts of one class.
+        """
         rows_N = np.repeat(np.arange(len(counts_B)), counts_B)
         firsts_B = np.cumsum(counts_B) - counts_B
-        edges = [0]
-        for row in np.flatnonzero(counts_B > _MAX_SHARED_QUERIES).tolist():
-            edges += [row, row + 1]
-        edges.append(len(counts_B))
+        is_long_B = counts_B > _MAX_SHARED_QUERIES
+        starts_band_B = is_long_B[1:] | is_long_B[:-1] | (np.diff(classes_B) != 0)
+        edges = [0, *(np.flatnonzero(starts_band_B) + 1).tolist(), len(counts_B)]
         return Arrangement(
             counts_B=counts_B,
             rows_N=rows_N,
             steps_N=np.arange(len(rows_N)) - firsts_B[rows_N],
-            blocks=tuple(self._block(counts_B, *pair) for pair in pairwise(edges) if pair[0] < pair[1]),
+            bands=tuple(self._band(counts_B, *pair) for pair in pairwise(edges)),
         )
 
     def queries(self, arrangement: Arrangement, slots_BT: Ints, starts_B: Ints) -> Queries:
@@ -129,12 +134,7 @@ class GatherAttention:
         return Queries(
             slots_N=self._on_device(slots_BT[arrangement.rows_N, positions_N]),
             rotations_N1F=self._rotations_T1F.index_select(0, self._on_device(positions_N)),
-            rectangles=tuple(
-                self._rectangle(
-                    block, slots_BT, starts_B, int(ends_B[block.first_row : block.last_row].max())
-                )
-                for block in arrangement.blocks
-            ),
+            rectangles=tuple(self._rectangle(band, slots_BT, starts_B, ends_B) for band in arrangement.bands),
         )
 
     def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
@@ -147,19 +147,19 @@ class GatherAttention:
             return self._attend_rectangle(layer, queries_NHF, queries.rectangles[0])
         return torch.cat(
             [
-                self._attend_rectangle(layer, queries_NHF[r.block.first : r.block.last], r)
+                self._attend_rectangle(layer, queries_NHF[r.band.first : r.band.last], r)
                 for r in queries.rectangles
             ]
         )
 
-    def _block(self, counts_B: Ints, first_row: int, last_row: int) -> _Block:
+    def _band(self, counts_B: Ints, first_row: int, last_row: int) -> _Band:
         own_B = counts_B[first_row:last_row]
         num_queries = int(own_B.max())
         steps_BQ = np.minimum(np.arange(num_queries), own_B[:, None] - 1)
         is_ragged = bool((own_B < num_queries).any())
         tokens_BQ = steps_BQ + (np.cumsum(own_B) - own_B)[:, None]
         first = int(counts_B[:first_row].sum())
-        return _Block(
+        return _Band(
             first_row=first_row,
             last_row=last_row,
             first=first,
@@ -171,12 +171,18 @@ class GatherAttention:
             else None,
         )
 
-    def _rectangle(self, block: _Block, slots_BT: Ints, starts_B: Ints, context: int) -> _Rectangle:
-        rows = slice(block.first_row, block.last_row)
+    def _rectangle(self, band: _Band, slots_BT: Ints, starts_B: Ints, ends_B: Ints) -> _Rectangle:
+        rows = slice(band.first_row, band.last_row)
+        context = int(ends_B[rows].max())
+        slots_BT = slots_BT[rows, :context]
+        if band.last_row - band.first_row > 1:
+            # Shorter rows repeat their last slot: what others left behind must not be read, not even masked.
+            steps_BT = np.minimum(np.arange(context), ends_B[rows, None] - 1)
+            slots_BT = np.take_along_axis(slots_BT, steps_BT, axis=1)
         return _Rectangle(
-            block=block,
-            context_slots=self._on_device(slots_BT[rows, :context].reshape(-1)),
-            mask=self._mask(starts_B[rows, None] + block.steps_BQ, context),
+            band=band,
+            context_slots=self._on_device(slots_BT.reshape(-1)),
+            mask=self._mask(starts_B[rows, None] + band.steps_BQ, context),
         )
 
     def _mask(self, positions_BQ: Ints, context: int) -> Tensor | None:
@@ -190,10 +196,10 @@ class GatherAttention:
         return mask.masked_fill_(self._on_device(hidden_BQT), -torch.inf)[:, None]
 
     def _attend_rectangle(self, layer: int, queries_NHF: Tensor, rectangle: _Rectangle) -> Tensor:
-        block, groups, width = rectangle.block, self._num_kv_heads, self._head_width
-        rows = block.last_row - block.first_row
-        if block.pad is not None:
-            queries_NHF = queries_NHF[block.pad]
+        band, groups, width = rectangle.band, self._num_kv_heads, self._head_width
+        rows = band.last_row - band.first_row
+        if band.pad is not None:
+            queries_NHF = queries_NHF[band.pad]
         # Queries that share a key become neighbours in the query dimension, so no key is copied for them.
         grouped = queries_NHF.reshape(rows, -1, groups, self._repeats, width)
         packed = grouped.transpose(1, 2).reshape(rows, groups, -1, width)
@@ -207,10 +213,17 @@ class GatherAttention:
         )
         unpacked = attended.view(rows, groups, -1, self._repeats, width)
         flat_NW = unpacked.transpose(1, 2).reshape(-1, self._query_width)
-        return flat_NW if block.unpad is None else flat_NW[block.unpad]
+        return flat_NW if band.unpad is None else flat_NW[band.unpad]
 
     def _on_device(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def context_classes(contexts_B: Ints) -> Ints:
+    """Classes of context lengths: rows of one class differ by a factor of four at most, or are short."""
+    times_short_B = np.maximum(contexts_B, _SHORT_CONTEXT) / _SHORT_CONTEXT
+    classes_B: Ints = np.ceil(np.log(times_short_B) / np.log(4)).astype(np.int64)
+    return classes_B
 
 
 def rotate_(heads_NHF: Tensor, rotations_N1F: Tensor) -> None:

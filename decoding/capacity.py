@@ -17,7 +17,7 @@ from decoding.checkpoint import Checkpoint
 from decoding.kv_cache import slot_bytes
 
 _CPU_CACHE_BYTES: Final = 1 << 30
-"""What the KV cache takes at most on a CPU, where memory is shared with everything else."""
+"""What the KV cache takes on a CPU unless told otherwise: memory is shared with everything else there."""
 
 _DEVICE_SHARE: Final = 0.9
 """Share of an accelerator's memory that weights, cache and activations may take together."""
@@ -65,36 +65,38 @@ def plan_capacity(
     device: torch.device,
 ) -> Capacity:
     """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError."""
-    longest = checkpoint.shape.max_positions
-    max_model_len = settings.max_model_len or longest
-    if max_model_len > longest:
-        raise SettingsError(f"max_model_len {max_model_len} exceeds the checkpoint's {longest} positions")
-    block_size = settings.block_size
-    per_context = -(-max_model_len // block_size)
-    num_blocks = settings.num_blocks or _affordable_blocks(
-        settings, checkpoint, shape, dtype, device, per_context
+    slot = slot_bytes(num_layers=checkpoint.shape.num_layers, slot_width=shape.slot_width, dtype=dtype)
+    affordable = _cache_bytes(device) // (slot * settings.block_size)
+    max_model_len = _context(
+        settings, checkpoint.shape.max_positions, affordable * settings.block_size, device
     )
+    per_context = -(-max_model_len // settings.block_size)
+    num_blocks = settings.num_blocks or max(per_context, min(per_context * settings.max_num_seqs, affordable))
     if num_blocks < per_context:
         raise SettingsError(
-            f"num_blocks {num_blocks} of {block_size} tokens hold {num_blocks * block_size} tokens, less than "
-            f"max_model_len {max_model_len}: raise num_blocks to {per_context} or lower max_model_len"
+            f"num_blocks {num_blocks} of {settings.block_size} tokens hold {num_blocks * settings.block_size} tokens, "
+            f"less than max_model_len {max_model_len}: raise num_blocks to {per_context} or lower max_model_len"
         )
-    return Capacity(max_model_len=max_model_len, block_size=block_size, num_blocks=num_blocks)
+    return Capacity(max_model_len=max_model_len, block_size=settings.block_size, num_blocks=num_blocks)
 
 
-def _affordable_blocks(
-    settings: EngineSettings,
-    checkpoint: Checkpoint,
-    shape: AttentionShape,
-    dtype: torch.dtype,
-    device: torch.device,
-    per_context: int,
-) -> int:
-    slot = slot_bytes(num_layers=checkpoint.shape.num_layers, slot_width=shape.slot_width, dtype=dtype)
+def _context(settings: EngineSettings, longest: int, affordable_tokens: int, device: torch.device) -> int:
+    """The operator's context, which must fit, or the longest that the checkpoint and the memory allow."""
+    wanted = settings.max_model_len
+    if wanted is None:
+        # With a number of blocks the operator has said what memory to use.
+        return longest if settings.num_blocks else max(1, min(longest, affordable_tokens))
+    if wanted > longest:
+        raise SettingsError(f"max_model_len {wanted} exceeds the checkpoint's {longest} positions")
+    if device.type != "cpu" and wanted > affordable_tokens and not settings.num_blocks:
+        raise SettingsError(
+            f"max_model_len {wanted} does not fit: memory is left for {affordable_tokens} tokens"
+        )
+    return wanted
+
+
+def _cache_bytes(device: torch.device) -> int:
     if device.type == "cpu":
-        affordable = _CPU_CACHE_BYTES
-    else:
-        free, total = torch.cuda.mem_get_info(device)
-        affordable = int(free - (1 - _DEVICE_SHARE) * total)
-    wanted = per_context * settings.max_num_seqs
-    return max(per_context, min(wanted, affordable // (slot * settings.block_size)))
+        return _CPU_CACHE_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - (1 - _DEVICE_SHARE) * total)

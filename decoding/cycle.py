@@ -1,4 +1,4 @@
-"""Draft, verify, keep: one step of a batch on the device. Changes nothing but the KV cache.
+"""Draft, verify, keep: one step of a batch on the device. Changes no sequence and no plan, only the KV cache.
 
 Knows plans and results; knows nothing of sequences or why a row is in the batch.
 

@@ -57,6 +57,11 @@ class Engine:
         """Read the checkpoint and allocate the cache. Raises CheckpointError or SettingsError."""
         clock = time.perf_counter
         torch.set_num_threads(settings.num_threads or default_num_threads())
+        if settings.max_num_batched_tokens < settings.max_num_seqs:
+            raise SettingsError(
+                f"max_num_batched_tokens {settings.max_num_batched_tokens} gives {settings.max_num_seqs} sequences "
+                "(max_num_seqs) less than a token each: raise it or lower max_num_seqs"
+            )
         checkpoint = open_checkpoint(settings.model, revision=settings.revision)
         # What can be refused is refused before the weights are read, which may take minutes.
         speculation = resolve_speculation(settings, num_layers=checkpoint.shape.num_layers)
@@ -66,7 +71,7 @@ class Engine:
         runtime, capacity = build_runtime(settings, checkpoint, device, dtype, progress)
         scheduler = Scheduler(
             BlockPool(num_blocks=capacity.num_blocks, block_size=capacity.block_size),
-            StepLimits(settings.max_num_seqs, max(settings.max_num_batched_tokens, settings.max_num_seqs)),
+            StepLimits(settings.max_num_seqs, settings.max_num_batched_tokens),
             device=device,
             clock=clock,
         )
@@ -175,7 +180,12 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cuda" if has_cuda else "cpu")
     if wanted.startswith("cuda") and not has_cuda:
         raise SettingsError(f"device {wanted!r}: torch finds no CUDA device; pass --device cpu")
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"device {wanted!r}: torch finds {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
+        )
+    return device
 
 
 def pick_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:

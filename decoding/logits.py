@@ -76,13 +76,16 @@ class Sampling:
 
 
 def process(logits_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Scores [N, V] in float32 or float64: logits over temperature, dropped tokens at −∞.
+    """Scores [N, V] in float32 or float64: logits below the row's best, over temperature; dropped tokens at −∞.
 
     Filters act in this order: temperature, min-p, top-k, top-p, each on what the one before left. In rows with
-    temperature 0 the best token keeps its logit. A new tensor; equal logits are kept or dropped together.
+    temperature 0 the best token stays the best. A new tensor; equal logits are kept or dropped together.
     """
     scores_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
-    scores_NV /= torch.where(sampling.temperatures_N > 0, sampling.temperatures_N, 1.0).to(scores_NV)[:, None]
+    # The best token at 0: however small the temperature, the others fall to −∞ at worst, and nothing overflows.
+    scores_NV -= scores_NV.amax(-1, keepdim=True)
+    temperatures_N = torch.where(sampling.temperatures_N > 0, sampling.temperatures_N, 1.0).to(scores_NV)
+    scores_NV /= temperatures_N.clamp_(min=torch.finfo(scores_NV.dtype).tiny)[:, None]
     if sampling.any_min_p:
         _drop_improbable(scores_NV, sampling)
     if sampling.any_truncated:
@@ -118,9 +121,9 @@ def _cut(scores_NV: Tensor, sampling: Sampling, width: int) -> Tensor | None:
     total_N = torch.where(has_top_k_N, inside_NW.logsumexp(-1), scores_NV.logsumexp(-1))
     probabilities_NW = (inside_NW - total_N[:, None]).exp_()
     mass_before_NW = probabilities_NW.cumsum(-1).sub_(probabilities_NW)
-    # Rank 0 always stays: the mass before it is 0, and top_p is positive.
     top_ps_N = torch.where(sampling.top_ps_N < 1, sampling.top_ps_N, torch.inf).to(scores_NV)
-    num_kept_N = ((mass_before_NW < top_ps_N[:, None]) & ~outside_NW).sum(-1)
+    # The best token always stays, also where a tiny top_p has become 0 in this dtype.
+    num_kept_N = ((mass_before_NW < top_ps_N[:, None]) & ~outside_NW).sum(-1).clamp_(min=1)
     is_free_N = ~has_top_k_N & (sampling.top_ps_N >= 1)
     is_settled_N = is_free_N | torch.where(has_top_k_N, sampling.top_ks_N <= width, num_kept_N < width)
     if not is_whole and not bool(is_settled_N.all()):

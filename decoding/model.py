@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything a checkpoint brings; a tied head is a linear on the embedding's own values."""
+    """Everything a checkpoint brings; a tied head is a linear of the same values as the embedding."""
 
     embedding_VD: Tensor
     layers: Sequence[Layer]

@@ -1,6 +1,6 @@
 """What one step shall do and what it did: fresh values between the scheduler and the cycle.
 
-Plain arrays, so that a plan can be sent to other processes as it is.
+Plain arrays but for the sampling columns, which lie on the device already.
 
 Shapes: B rows, N tokens fed, W blocks of the longest row, K drafts, Q verified positions.
 """

@@ -1,7 +1,7 @@
 """Which tokens of a step run in which layers: the indices that drafting and verification follow.
 
-Depends on a step's shape alone — tokens fed, draft lengths, exit layers — and on no position or content, so that
-consecutive steps of the same rows share one route.
+Depends on a step's shape alone — tokens fed, draft lengths, exit layers, rough context lengths — and on no
+position or content, so that consecutive steps of the same rows share one route.
 
 Shapes: B rows, P rows still drafting, N tokens of a leg, M positions that choose, K drafts, Q = K + 1 choices.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.attention import Arrangement, GatherAttention, Ints
+from decoding.attention import Arrangement, GatherAttention, Ints, context_classes
 from decoding.plan import Plan
 
 
@@ -87,13 +87,14 @@ class Routes:
 
     def of(self, plan: Plan) -> Route:
         """The route of this plan."""
-        arrays = (plan.num_fed_B, plan.draft_lengths_B, plan.exit_layers_B, plan.chooses_B)
+        classes_B = context_classes(plan.num_computed_B + plan.num_fed_B + plan.draft_lengths_B)
+        arrays = (plan.num_fed_B, plan.draft_lengths_B, plan.exit_layers_B, plan.chooses_B, classes_B)
         shape = tuple(array.tobytes() for array in arrays)
         if self._latest is None or self._latest[0] != shape:
-            self._latest = (shape, self._make(plan))
+            self._latest = (shape, self._make(plan, classes_B))
         return self._latest[1]
 
-    def _make(self, plan: Plan) -> Route:
+    def _make(self, plan: Plan, classes_B: Ints) -> Route:
         lengths_B = plan.draft_lengths_B
         num_drafting_K = (lengths_B > np.arange(lengths_B[0])[:, None]).sum(1)
         drafts = _DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
@@ -108,8 +109,8 @@ class Routes:
         drafts_BK = drafts.index(np.arange(len(lengths_B))[:, None], columns_K)
         return Route(
             last_fed_B=self._on_device(np.cumsum(plan.num_fed_B) - 1),
-            draft_steps=self._draft_steps(plan, num_drafting_K),
-            verify_legs=self._verify_legs(plan, drafts),
+            draft_steps=self._draft_steps(plan, classes_B, num_drafting_K),
+            verify_legs=self._verify_legs(plan, classes_B, drafts),
             choosing_M=None if is_choice_N.all() else self._on_device(choosing_M),
             rows_M=self._on_device(whole.rows_N[choosing_M]),
             ahead_M=self._on_device(whole.steps_N[choosing_M] + 1),
@@ -118,20 +119,21 @@ class Routes:
             draft_lengths_B=self._on_device(lengths_B),
         )
 
-    def _draft_steps(self, plan: Plan, num_drafting_K: Ints) -> tuple[DraftStep, ...]:
+    def _draft_steps(self, plan: Plan, classes_B: Ints, num_drafting_K: Ints) -> tuple[DraftStep, ...]:
         distinct = {
-            num_rows: self._draft_step(plan.exit_layers_B[:num_rows]) for num_rows in num_drafting_K.tolist()
+            num_rows: self._draft_step(plan.exit_layers_B[:num_rows], classes_B[:num_rows])
+            for num_rows in set(num_drafting_K.tolist())
         }
         return tuple(distinct[num_rows] for num_rows in num_drafting_K.tolist())
 
-    def _draft_step(self, exit_layers_P: Ints) -> DraftStep:
+    def _draft_step(self, exit_layers_P: Ints, classes_P: Ints) -> DraftStep:
         # Deeper exits first, so that the rows that go on at a boundary are the first ones.
         order_P = np.argsort(-exit_layers_P, kind="stable")
         exits = np.unique(exit_layers_P).tolist()
         legs = []
         for first, last in zip([0, *exits], exits, strict=False):
             rows = order_P[: int((exit_layers_P > first).sum())]
-            arrangement = self._attention.arrange(np.ones_like(rows))
+            arrangement = self._attention.arrange(np.ones_like(rows), classes_P[rows])
             legs.append(DraftLeg(first, last, rows, arrangement, int((exit_layers_P > last).sum())))
         is_uniform = len(exits) == 1
         return DraftStep(
@@ -141,7 +143,7 @@ class Routes:
             back_P=None if is_uniform else self._on_device(np.argsort(order_P)),
         )
 
-    def _verify_legs(self, plan: Plan, drafts: _DraftList) -> tuple[VerifyLeg, ...]:
+    def _verify_legs(self, plan: Plan, classes_B: Ints, drafts: _DraftList) -> tuple[VerifyLeg, ...]:
         joins = np.unique(plan.exit_layers_B[plan.draft_lengths_B > 0]).tolist()
         legs: list[VerifyLeg] = []
         before: _Tokens | None = None
@@ -150,7 +152,7 @@ class Routes:
             join_N = (
                 _entering(plan, standing, drafts) if before is None else _joining(before, standing, drafts)
             )
-            arrangement = self._attention.arrange(standing.counts_B)
+            arrangement = self._attention.arrange(standing.counts_B, classes_B)
             legs.append(VerifyLeg(first, last, standing.skipped_B, arrangement, self._on_device(join_N)))
             before = standing
         return tuple(legs)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from decoding.blocks import BlockPool, num_publishable
+from decoding.blocks import BlockPool, PrefixHit, num_publishable
 from decoding.logits import Sampling
 from decoding.messages import Decoded, FinishReason, Generate, Load
 from decoding.plan import Plan, Result
@@ -33,11 +33,7 @@ class _Share:
 
     sequence: Sequence
     num_fed: int
-    draft_length: int
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_fed + self.draft_length
+    draft_length: int = 0
 
 
 class Scheduler:
@@ -85,15 +81,19 @@ class Scheduler:
         """The next step, or None if there is nothing to do. Every call is followed by its `commit`."""
         num_preemptions = self._num_preemptions
         shares = self._fund_running()
-        budget = self._limits.max_num_batched_tokens - sum(share.num_tokens for share in shares)
+        budget = self._limits.max_num_batched_tokens - sum(share.num_fed for share in shares)
         # Blocks that were taken from a running sequence are not for newcomers.
-        while budget > 0 and self._num_preemptions == num_preemptions and self._can_admit():
-            sequence = self._admit()
-            share = self._fund(sequence, budget)
+        while budget > 0 and self._num_preemptions == num_preemptions:
+            hit = self._admissible()
+            if hit is None:
+                break
+            share = self._fund(self._admit(hit), budget)
             assert share is not None
             shares.append(share)
-            budget -= share.num_tokens
-        shares.sort(key=lambda share: -share.draft_length)
+            budget -= share.num_fed
+        shares = self._add_drafts(shares, budget)
+        # Rows of like draft length and context side by side are drafted and attended together.
+        shares.sort(key=lambda share: (-share.draft_length, len(share.sequence.token_ids)))
         self._planned = shares
         return self._as_plan(shares) if shares else None
 
@@ -135,28 +135,32 @@ class Scheduler:
             share = self._fund(sequence, budget - (len(order) - num_served))
             if share is not None:
                 shares.append(share)
-                budget -= share.num_tokens
+                budget -= share.num_fed
         # A share's sequence may since have been preempted for an older one's blocks.
         return [share for share in shares if share.sequence.block_ids]
 
     def _fund(self, sequence: Sequence, budget: int) -> _Share | None:
         """Give a running sequence blocks for as much of a step as `budget` ≥ 1 allows; None if it was preempted.
 
-        Drafts go first when blocks run short, then the youngest other sequence's blocks.
+        When blocks run short, the youngest sequence's are taken.
         """
-        if sequence not in self._running:
-            return None
         num_fed = min(sequence.num_pending, budget)
-        draft_length = 0
-        if sequence.num_pending == 1:
-            draft_length = max(0, min(sequence.request.draft_length, sequence.num_remaining - 1, budget - 1))
-        if not self._extend(sequence, num_fed + draft_length):
-            draft_length = 0
-            while not self._extend(sequence, num_fed):
-                self._preempt_youngest()
-                if sequence not in self._running:
-                    return None
-        return _Share(sequence=sequence, num_fed=num_fed, draft_length=draft_length)
+        while sequence in self._running:
+            if self._extend(sequence, num_fed):
+                return _Share(sequence=sequence, num_fed=num_fed)
+            self._preempt_youngest()
+        return None
+
+    def _add_drafts(self, shares: list[_Share], budget: int) -> list[_Share]:
+        """Spend what budget and blocks are left on drafts, oldest rows first: nobody waits for drafts."""
+        drafting = []
+        for share in shares:
+            sequence = share.sequence
+            wanted = min(sequence.request.draft_length, sequence.num_remaining - 1, budget)
+            can_draft = sequence.num_pending == 1 and wanted > 0 and self._extend(sequence, 1 + wanted)
+            drafting.append(replace(share, draft_length=wanted) if can_draft else share)
+            budget -= drafting[-1].draft_length
+        return drafting
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocate what `num_tokens` more computed positions need, or nothing and False."""
@@ -175,18 +179,19 @@ class Scheduler:
         self._waiting.appendleft(youngest)
         self._num_preemptions += 1
 
-    def _can_admit(self) -> bool:
+    def _admissible(self) -> PrefixHit | None:
+        """What the prefix cache holds of the first that waits, if that one can start now."""
         if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
-            return False
-        sequence = self._waiting[0]
-        hit = self._pool.find_prefix(sequence.token_ids, max_tokens=len(sequence.token_ids) - 1)
-        num_missing = self._num_blocks(len(sequence.token_ids)) - len(hit.block_ids)
-        return num_missing <= self._pool.num_allocatable_beside(hit)
+            return None
+        known = self._waiting[0].token_ids
+        # The last token is always computed: its logits choose the next.
+        hit = self._pool.find_prefix(known, max_tokens=len(known) - 1)
+        num_missing = self._num_blocks(len(known)) - len(hit.block_ids)
+        return hit if num_missing <= self._pool.num_allocatable_beside(hit) else None
 
-    def _admit(self) -> Sequence:
-        """Start the first that waits, on whatever the prefix cache holds of it but its last token."""
+    def _admit(self, hit: PrefixHit) -> Sequence:
+        """Start the first that waits on the cached start of it."""
         sequence = self._waiting.popleft()
-        hit = self._pool.find_prefix(sequence.token_ids, max_tokens=len(sequence.token_ids) - 1)
         sequence.block_ids = self._pool.acquire(hit)
         sequence.chain = hit.chain
         sequence.num_published = len(hit.block_ids)
@@ -194,8 +199,8 @@ class Scheduler:
         if sequence.queued_s is None:
             sequence.queued_s = self._clock() - sequence.arrived_s
             sequence.num_cached_tokens = sequence.num_computed
-        self._num_queried_tokens += len(sequence.token_ids)
-        self._num_hit_tokens += sequence.num_computed
+            self._num_queried_tokens += len(sequence.token_ids)
+            self._num_hit_tokens += sequence.num_computed
         self._running.append(sequence)
         return sequence
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from decoding.attention import AttentionShape, GatherAttention, rotate_
+from decoding.attention import AttentionShape, GatherAttention, context_classes, rotate_
 from decoding.kv_cache import KVCache, slot_bytes
 
 LONGEST = 120
@@ -109,7 +109,9 @@ class Bench:
             slots_T[:end] = row.slots[:end]
         spans = list(zip(chosen, starts, counts, strict=True))
         qkv_NW = torch.from_numpy(np.concatenate([row.fused[s : s + c] for row, s, c in spans]))
-        queries = self.attention.queries(self.attention.arrange(np.array(counts)), slots_BT, np.array(starts))
+        contexts_B = np.array(starts) + np.array(counts)
+        arrangement = self.attention.arrange(np.array(counts), context_classes(contexts_B))
+        queries = self.attention.queries(arrangement, slots_BT, np.array(starts))
         got = self.attention.attend(layer, qkv_NW, queries)
         expected = [row.attended(self.shape, t) for row, s, c in spans for t in range(s, s + c)]
         np.testing.assert_allclose(got.numpy(), np.array(expected), rtol=0, atol=1e-10)
@@ -212,3 +214,8 @@ def test_short_dtypes_are_rotated_in_float32(dtype: torch.dtype, tolerance: floa
     expected = np.array([[rotated(h, t) for h in row] for t, row in enumerate(heads.double().numpy())])
     rotate_(heads, turns(4)[:5, None].to(torch.complex64))
     assert (np.abs(heads.double().numpy() - expected) <= tolerance * np.abs(expected) + 1e-7).all()
+
+
+def test_a_long_context_does_not_widen_those_of_short_neighbours() -> None:
+    contexts_B = np.array([60, 512, 513, 2048, 2049, 9000, 100])
+    assert context_classes(contexts_B).tolist() == [0, 0, 1, 1, 2, 3, 0]

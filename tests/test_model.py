@@ -64,7 +64,8 @@ class Loaded:
     def queries(self, starts: list[int], counts: list[int]) -> Queries:
         """Rows in consecutive stretches of slots."""
         slots_BT = np.arange(len(starts))[:, None] * NUM_POSITIONS + np.arange(NUM_POSITIONS)
-        return self.attention.queries(self.attention.arrange(np.array(counts)), slots_BT, np.array(starts))
+        arrangement = self.attention.arrange(np.array(counts), np.zeros(len(counts), dtype=np.int64))
+        return self.attention.queries(arrangement, slots_BT, np.array(starts))
 
     def logits_after(self, ids_N: Tensor, last: int) -> Tensor:
         hidden_ND = self.decoder.embed(ids_N)
@@ -191,7 +192,9 @@ def test_a_ragged_batch_in_chunks_equals_each_row_whole(plain: Loaded) -> None:
         active = [i for i in range(3) if counts[i]]
         slots_BT = np.array(active)[:, None] * NUM_POSITIONS + np.arange(NUM_POSITIONS)
         queries = plain.attention.queries(
-            plain.attention.arrange(np.array([counts[i] for i in active])),
+            plain.attention.arrange(
+                np.array([counts[i] for i in active]), np.zeros(len(active), dtype=np.int64)
+            ),
             slots_BT,
             np.array([computed[i] for i in active]),
         )

@@ -1,0 +1,104 @@
+"""What a step holds, who waits for whom, and what becomes of rows that leave while it runs."""
+
+from __future__ import annotations
+
+import torch
+
+from decoding.blocks import BlockPool
+from decoding.messages import FinishReason, Generate, SamplingParams
+from decoding.plan import Plan, Result
+from decoding.scheduler import Scheduler, StepLimits
+
+
+def scheduler(*, max_num_seqs: int = 64, budget: int = 512, num_blocks: int = 4096) -> Scheduler:
+    pool = BlockPool(num_blocks=num_blocks, block_size=16)
+    return Scheduler(pool, StepLimits(max_num_seqs, budget), device=torch.device("cpu"), clock=lambda: 0.0)
+
+
+def request(sequence_id: int, *, prompt: int = 4, new: int = 1000, draft_length: int = 0) -> Generate:
+    prompt_ids = [1000 * sequence_id + i for i in range(prompt)]
+    return Generate(sequence_id, prompt_ids, new, SamplingParams(temperature=0.0), 0, [], 1, draft_length)
+
+
+def refused(plan: Plan) -> Result:
+    """A result in which every row that chooses gets one token and no draft stands."""
+    return Result(tuple((7,) if chooses else () for chooses in plan.chooses_B), 0.0, 0.0)
+
+
+def step(under_test: Scheduler) -> Plan:
+    plan = under_test.plan()
+    assert plan is not None
+    under_test.commit(refused(plan))
+    under_test.check_integrity()
+    return plan
+
+
+def steps_until_first_token(under_test: Scheduler, sequence_id: int) -> int:
+    for count in range(1, 50):
+        plan = step(under_test)
+        row = plan.sequence_ids.index(sequence_id) if sequence_id in plan.sequence_ids else None
+        if row is not None and plan.chooses_B[row]:
+            return count
+    raise AssertionError("not within 50 steps")
+
+
+def test_drafts_keep_no_newcomer_waiting() -> None:
+    under_test = scheduler()
+    for sequence_id in range(60):
+        under_test.submit(request(sequence_id, draft_length=16))
+    assert step(under_test).num_rows == 60
+    assert step(under_test).draft_lengths_B.sum() == 512 - 60
+    under_test.submit(request(99))
+    assert steps_until_first_token(under_test, 99) == 1
+
+
+def test_drafts_keep_no_long_prompt_waiting() -> None:
+    under_test = scheduler()
+    for sequence_id in range(60):
+        under_test.submit(request(sequence_id, draft_length=16))
+    step(under_test)
+    under_test.submit(request(99, prompt=4000))
+    assert steps_until_first_token(under_test, 99) <= 10
+
+
+def test_every_running_row_gets_a_token_beside_a_long_prompt() -> None:
+    under_test = scheduler(budget=16, max_num_seqs=16)
+    for sequence_id in range(8):
+        under_test.submit(request(sequence_id, prompt=1))
+    step(under_test)
+    under_test.submit(request(9, prompt=100))
+    plan = step(under_test)
+    assert plan.num_fed_B.sum() == 16
+    assert sorted(plan.sequence_ids) == [*range(8), 9]
+
+
+def test_a_row_that_leaves_between_plan_and_commit_gets_nothing_and_keeps_nothing() -> None:
+    under_test = scheduler()
+    for sequence_id in range(3):
+        under_test.submit(request(sequence_id))
+    plan = under_test.plan()
+    assert plan is not None
+    under_test.abort([1])
+    events = under_test.commit(refused(plan))
+    under_test.check_integrity()
+    assert [event.sequence_id for event in events] == [0, 2]
+    assert under_test.load().num_running == 2
+
+
+def test_shortage_takes_the_youngest_row_and_loses_nobody() -> None:
+    under_test = scheduler(num_blocks=8, max_num_seqs=4)
+    for sequence_id in range(3):
+        under_test.submit(request(sequence_id, prompt=30, new=60, draft_length=4))
+    endings: dict[int, FinishReason | None] = {}
+    num_tokens = dict.fromkeys(range(3), 0)
+    while under_test.has_work:
+        plan = under_test.plan()
+        assert plan is not None
+        for event in under_test.commit(refused(plan)):
+            num_tokens[event.sequence_id] += len(event.token_ids)
+            endings[event.sequence_id] = event.finish_reason
+        under_test.check_integrity()
+    assert num_tokens == dict.fromkeys(range(3), 60)
+    assert endings == dict.fromkeys(range(3), FinishReason.LENGTH)
+    assert under_test.load().num_preemptions_total > 0
+    assert under_test.load().num_free_blocks == 8
