@@ -57,11 +57,7 @@ class Engine:
         """Read the checkpoint and allocate the cache. Raises CheckpointError or SettingsError."""
         clock = time.perf_counter
         torch.set_num_threads(settings.num_threads or default_num_threads())
-        if settings.max_num_batched_tokens < settings.max_num_seqs:
-            raise SettingsError(
-                f"max_num_batched_tokens {settings.max_num_batched_tokens} gives {settings.max_num_seqs} sequences "
-                "(max_num_seqs) less than a token each: raise it or lower max_num_seqs"
-            )
+        _check_budget(settings)
         checkpoint = open_checkpoint(settings.model, revision=settings.revision)
         # What can be refused is refused before the weights are read, which may take minutes.
         speculation = resolve_speculation(settings, num_layers=checkpoint.shape.num_layers)
@@ -166,6 +162,15 @@ def build_runtime(
     model = LlamaDecoder(weights, attention)
     cycle = Cycle(model, attention, block_size=capacity.block_size, clock=time.perf_counter)
     return Runtime(model=model, cycle=cycle), capacity
+
+
+def _check_budget(settings: EngineSettings) -> None:
+    budget, rows = settings.max_num_batched_tokens, settings.max_num_seqs
+    if budget < rows:
+        remedy = "raise it or lower max_num_seqs"
+        raise SettingsError(
+            f"max_num_batched_tokens {budget} is less than a token for each of {rows} rows: {remedy}"
+        )
 
 
 def default_num_threads() -> int:
