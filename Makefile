@@ -2,21 +2,22 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PORT   ?= 8000
-MODEL  ?=
+PORT   :=
+MODEL  :=
 
 .PHONY: setup serve test lint bench mutants clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade 'torch>=2.11,<2.14'
+	@echo 'Installing what pyproject.toml names into $(VENV); torch is large.'
 	$(BIN)/pip install --quiet -e '.[test,bench]'
 	touch $@
 
 serve: setup
-	@exec $(BIN)/layerskip serve $(MODEL) --port $(PORT)
+	@exec $(BIN)/layerskip serve $(if $(MODEL),'$(MODEL)') $(if $(PORT),--port $(PORT))
 
 test: setup
 	$(BIN)/pytest -q -m 'not gpu'

@@ -73,7 +73,7 @@ def plan_capacity(
     per_context = -(-max_model_len // settings.block_size)
     num_blocks = settings.num_blocks or max(per_context, min(per_context * settings.max_num_seqs, affordable))
     if num_blocks < per_context:
-        held = f"num_blocks {num_blocks} of {settings.block_size} tokens hold {num_blocks * settings.block_size} tokens"
+        held = f"num_blocks {num_blocks} hold {num_blocks * settings.block_size} tokens"
         remedy = f"raise num_blocks to {per_context} or lower max_model_len"
         raise SettingsError(f"{held}, less than max_model_len {max_model_len}: {remedy}")
     return Capacity(max_model_len=max_model_len, block_size=settings.block_size, num_blocks=num_blocks)

@@ -112,7 +112,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise _explain(error, host, port) from error
     return listener
 
@@ -124,8 +124,8 @@ def url_of(listener: socket.socket) -> str:
     return f"http://{reachable}:{port}"
 
 
-def _explain(error: OSError, host: str, port: int) -> SettingsError:
-    if isinstance(error, socket.gaierror):
+def _explain(error: OSError | UnicodeError, host: str, port: int) -> SettingsError:
+    if isinstance(error, socket.gaierror | UnicodeError):
         return SettingsError(f"host {host}: no such address; pass --host")
     if error.errno == errno.EADDRINUSE:
         return SettingsError(f"port {port} is in use; pass --port")

@@ -223,7 +223,7 @@ class Completion:
         if self._is_closed:
             return
         self._is_closed = True
-        self._stream.close()
+        self._model.metrics.discarded(self._stream.close())
         for choice in self._choices.values():
             if choice.finish_reason is None:
                 self._model.metrics.finished(reason)

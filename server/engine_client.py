@@ -14,10 +14,10 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from decoding.messages import Abort, Decoded, Event, Failed, Generate, Load, Loading, Ready, StepReport
-from server.errors import ApiError, QueueFull, SlowReader, Unavailable, WorkerLost
+from server.errors import ApiError, InvalidRequest, QueueFull, SlowReader, Unavailable, WorkerLost
 from server.supervisor import WorkerCallbacks, WorkerProcess
 
-# No sequence of a stream that is read needs more; what is behind it is a client that stopped reading.
+# For each sequence. One that is read needs far less; what is behind more is a client that stopped reading.
 _MAX_PENDING_EVENTS: Final = 4096
 
 
@@ -39,7 +39,7 @@ class StartListener(Protocol):
         """The worker serves."""
 
     def failed(self, message: str) -> None:
-        """The worker will never serve; `message` is one line."""
+        """The worker will never serve, or serves no more; `message` is one line."""
 
 
 class StepObserver(Protocol):
@@ -71,6 +71,7 @@ class TokenStream:
 
     def __init__(self, sequence_ids: Sequence[int], *, abort: Callable[[Sequence[int]], None]) -> None:
         self._open = set(sequence_ids)
+        self._max_pending = _MAX_PENDING_EVENTS * len(self._open)
         self._abort = abort
         self._arrivals: list[Arrival] = []
         self._error: ApiError | None = None
@@ -92,11 +93,13 @@ class TokenStream:
             self._open.discard(sequence_id)
             self._abort([sequence_id])
 
-    def close(self) -> None:
-        """Nothing more is wanted at all."""
+    def close(self) -> int:
+        """Nothing more is wanted at all; returns how many tokens had come and were not read."""
         if self._open:
             still_open, self._open = self._open, set()
             self._abort(sorted(still_open))
+        unread, self._arrivals = self._arrivals, []
+        return sum(len(arrival.decoded.token_ids) for arrival in unread)
 
     def push(self, arrival: Arrival) -> None:
         """For the client: add an event."""
@@ -104,7 +107,7 @@ class TokenStream:
             self._open.discard(arrival.decoded.sequence_id)
         self._arrivals.append(arrival)
         self._wake_up.set()
-        if len(self._arrivals) > _MAX_PENDING_EVENTS:
+        if len(self._arrivals) > self._max_pending:
             self.fail(SlowReader("the stream was not read for too long"))
             self.close()
 
@@ -201,6 +204,10 @@ class EngineClient:
     def submit(self, sequences: Sequence[Generate]) -> TokenStream:
         """Send sequences to the worker. Raises Unavailable or QueueFull, and then has sent none."""
         limit = self.ready.limits.max_num_seqs + self._max_queued
+        if len(sequences) > limit:
+            raise InvalidRequest(
+                f"at most {limit} sequences are decoded or queued here, not {len(sequences)}", param="n"
+            )
         if self.num_open + len(sequences) > limit:
             raise QueueFull(num_open=self.num_open, limit=limit)
         if self._process.is_congested:
@@ -224,9 +231,10 @@ class EngineClient:
             self.stage, self.fraction = event.stage, event.fraction
             self._listener.loading(event.stage, event.fraction)
         elif isinstance(event, Ready):
+            # Only a model whose text can be handled is ready.
+            self._observer.worker_ready(event)
             self._ready, self.state = event, WorkerState.READY
             self.load = Load(num_free_blocks=event.limits.num_blocks)
-            self._observer.worker_ready(event)
             self._listener.ready(event)
         else:
             self._on_failed(event)

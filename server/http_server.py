@@ -61,6 +61,9 @@ class HttpServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Signal handler: end open streams with an error, so that the rest need not wait for them."""
+        if self.should_exit:
+            # The end is under way and bounded; a second signal would only cut it off with a traceback.
+            return
         super().handle_exit(sig, frame)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._app.model.client.refuse_work)

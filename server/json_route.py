@@ -14,18 +14,27 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
+from server.errors import InvalidRequest
+
 
 class FastJsonRequest(Request):
     """A request whose `json` accepts what the standard library accepts."""
 
     async def json(self) -> Any:  # noqa: ANN401 -- whatever JSON held
-        """The parsed body. Raises json.JSONDecodeError."""
+        """The parsed body. Raises InvalidRequest."""
         body = await self.body()
         try:
             return msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError):
-            # NaN is no JSON, but the refusal should name the field that holds it.
-            return json.loads(body)
+            return _lenient(body)
+
+
+def _lenient(body: bytes) -> Any:  # noqa: ANN401 -- whatever JSON held
+    """Parse again with the standard library: NaN is no JSON, but its refusal should name the field."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("the body is not valid JSON") from error
 
 
 class FastJsonRoute(APIRoute):

@@ -206,7 +206,7 @@ def _without_aliases(body: dict[str, object]) -> dict[str, object]:
         value = body.get(alias)
         if value is None:
             continue
-        if renamed.get(name, value) != value:
+        if renamed.get(name) not in (None, value):
             raise InvalidRequest(f"`{alias}` and `{name}` are the same and differ", param=alias)
         renamed[name] = value
     return renamed

@@ -7,6 +7,7 @@ waits for the pipe: one thread reads it and one writes it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import queue
@@ -24,6 +25,8 @@ from config.settings import EngineSettings
 from decoding.messages import Command, Event
 from server import worker
 from server.worker import EngineLoader
+
+_log = logging.getLogger("layerskip.supervisor")
 
 # Events the loop has not yet seen; beyond it the reader waits, then the pipe fills, then the worker waits.
 _MAX_UNSEEN_EVENTS: Final = 256
@@ -119,9 +122,9 @@ class WorkerProcess:
         try:
             while ours in wait([ours, self._process.sentinel]):
                 self._pass_on(decoder.decode(ours.recv_bytes()), loop, callbacks)
-        except (EOFError, OSError):
-            pass
-        # A worker whose pipe is gone is of no use, even if its process lingers.
+        except (EOFError, OSError, msgspec.MsgspecError) as error:
+            _log.info("the worker's pipe ended: %r", error)
+        # A worker whose pipe is gone, or says what nobody understands, is of no use even if its process lingers.
         self._process.kill()
         self._process.join()
         self._commands.put(None)

@@ -21,8 +21,8 @@ TOKENIZER = (BUNDLED_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8")
 class Desk:
     """What a completion needs of a served model, with the test as its worker."""
 
-    def __init__(self) -> None:
-        self.played = Played().ready()
+    def __init__(self, *, max_num_seqs: int = 4) -> None:
+        self.played = Played(max_num_seqs=max_num_seqs).ready()
         self.metrics = Metrics(model_name="m")
         self.client = self.played.client
         self.codec = Codec(SimpleNamespace(tokenizer_json=TOKENIZER), self.client.ready.limits)
@@ -62,5 +62,33 @@ def test_events_behind_a_stop_string_change_nothing_but_the_discarded_count(num_
         assert answer["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
         aborts = [command for command in desk.played.process.sent if isinstance(command, Abort)]
         assert len(aborts) == (num_late == 0)
+
+    asyncio.run(run())
+
+
+def test_a_request_of_many_sequences_is_not_taken_for_a_slow_reader() -> None:
+    """After a stall of the loop, many steps of many sequences arrive before their reader's turn."""
+
+    async def run() -> None:
+        desk = Desk(max_num_seqs=64)
+        completion = await desk.completion(prompt=["x"] * 16, n=4, max_tokens=101)
+        ids = [sequence.sequence_id for sequence in completion.plan.sequences]
+        for _ in range(100):
+            desk.played.step(*(Decoded(i, [7], 0, 0, 4) for i in ids))
+        desk.played.step(*(Decoded(i, [7], 0, 0, 4, FinishReason.LENGTH) for i in ids))
+        answer = await asyncio.wait_for(completion.complete(), 10)
+        assert answer["usage"]["completion_tokens"] == 64 * 101
+
+    asyncio.run(run())
+
+
+def test_tokens_that_came_and_were_not_read_count_as_discarded() -> None:
+    async def run() -> None:
+        desk = Desk()
+        completion = await desk.completion(prompt="x", max_tokens=8)
+        (sequence,) = completion.plan.sequences
+        desk.played.step(Decoded(sequence.sequence_id, [7, 7, 7], 2, 2, 4))
+        completion.close()
+        assert 'layerskip_discarded_tokens_total{model_name="m"} 3.0' in desk.metrics.exposition().decode()
 
     asyncio.run(run())

@@ -26,7 +26,8 @@ def run(command: list[str]) -> str:
     return finished.stdout
 
 
-def test_there_are_blocks_to_run() -> None:
+def test_there_are_blocks_to_run_and_no_gaps() -> None:
+    assert "@@" not in README
     assert len(blocks("bash")) >= 3
     assert len(blocks("python")) >= 2
 
