@@ -101,7 +101,7 @@ class CycleTimes(msgspec.Struct, frozen=True):
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
-    """Sent after every step, and when idle after aborts and once a second; `times` is None if nothing was decoded."""
+    """Sent after every step, and when idle after aborts and once a second; `times` is None without a step."""
 
     decoded: list[Decoded]
     load: Load
