@@ -17,9 +17,7 @@ from decoding.scheduler import Scheduler, StepLimits
 from tests.oracle import NaiveDecoder
 from tests.tiny import make_checkpoint
 
-NUM_LAYERS = 5
-VOCAB = 61
-MAX_LEN = 384
+NUM_LAYERS, VOCAB, MAX_LEN = 5, 61, 384
 
 
 @dataclass
