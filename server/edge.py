@@ -5,6 +5,8 @@ Knows ASGI messages; knows nothing of routes.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -22,6 +24,10 @@ _log = logging.getLogger("layerskip.access")
 
 REQUEST_ID: Final = "layerskip.request_id"
 _ACCEPTABLE_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
+# Of a body that is refused for its size, as much is read, and for as long, so that its client sees the answer.
+_MAX_REFUSED_BYTES: Final = 32 * 1024 * 1024
+_REFUSED_BODY_S: Final = 5.0
+_REFUSED_SILENCE_S: Final = 0.5
 _UNLOGGED: Final = ("/health", "/metrics")
 
 
@@ -41,7 +47,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send, too_large=self._too_large)
+        exchange = _Exchange(scope, receive, send, too_large=self._too_large)
         try:
             await self._app(scope, receive, exchange.send)
         except Exception:
@@ -58,8 +64,9 @@ class Edge:
 class _Exchange:
     """One request and its answer on the way out."""
 
-    def __init__(self, scope: Scope, send: Send, *, too_large: bytes) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, *, too_large: bytes) -> None:
         self._scope = scope
+        self._receive = receive
         self._send = send
         self._too_large = too_large
         self._started_s = time.perf_counter()
@@ -72,9 +79,22 @@ class _Exchange:
         """Pass a message on, with the id among the headers and a 413 in the shape of every other error."""
         if message["type"] == "http.response.start":
             self._start(message)
+            if self.status == 413:
+                await self._read_to_the_end()
         elif self.status == 413:
             message = {**message, "body": self._too_large if not message.get("more_body") else b""}
         await self._send(message)
+
+    async def _read_to_the_end(self) -> None:
+        """Take the rest of a body that is refused: closing on it would reset the connection, answer and all."""
+        num_bytes = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REFUSED_BODY_S):
+                while num_bytes < _MAX_REFUSED_BYTES:
+                    message = await asyncio.wait_for(self._receive(), _REFUSED_SILENCE_S)
+                    num_bytes += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
 
     def log(self) -> None:
         """Write the access line: no query, no body."""
@@ -91,6 +111,6 @@ class _Exchange:
         if self.status == 413:
             headers["content-type"] = "application/json"
             headers["content-length"] = str(len(self._too_large))
-            # The rest of the body is not read, so nothing else can follow on this connection.
+            # Not all of the body may have been read, so nothing else can follow on this connection.
             headers["connection"] = "close"
         message["headers"] = headers.raw

@@ -123,7 +123,7 @@ class WorkerProcess:
             while ours in wait([ours, self._process.sentinel]):
                 self._pass_on(decoder.decode(ours.recv_bytes()), loop, callbacks)
         except (EOFError, OSError, msgspec.MsgspecError) as error:
-            _log.info("the worker's pipe ended: %r", error)
+            _log.debug("the worker's pipe ended: %r", error)
         # A worker whose pipe is gone, or says what nobody understands, is of no use even if its process lingers.
         self._process.kill()
         self._process.join()
