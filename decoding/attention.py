@@ -175,7 +175,7 @@ class GatherAttention:
         rows = slice(band.first_row, band.last_row)
         context = int(ends_B[rows].max())
         slots_BT = slots_BT[rows, :context]
-        if band.last_row - band.first_row > 1:
+        if (ends_B[rows] < context).any():
             # Shorter rows repeat their last slot: what others left behind must not be read, not even masked.
             steps_BT = np.minimum(np.arange(context), ends_B[rows, None] - 1)
             slots_BT = np.take_along_axis(slots_BT, steps_BT, axis=1)

@@ -1,4 +1,4 @@
-"""The command line: `layerskip serve`.
+"""The command line: `layerskip serve`, and the commands that make checkpoints and look inside them.
 
 Knows flags, the listening socket and exit codes; everything heavy is imported by the command that needs it.
 """
@@ -17,6 +17,8 @@ import typer
 
 from config.errors import SettingsError, StartupError
 from config.settings import Settings, default_text, flag_name, refuse_unknown, variable_name
+from training.commands.heal import heal
+from training.commands.train import train
 
 if TYPE_CHECKING:
     from server.worker import EngineLoader
@@ -67,12 +69,11 @@ def serve(context: typer.Context, **values: str | None) -> None:
     """
     from server.worker import load_engine
 
-    try:
-        exit_code = run(chosen_settings(context.args, values), load=load_engine)
-    except StartupError as error:
-        _complain(str(error))
-        raise typer.Exit(1) from error
-    raise typer.Exit(exit_code)
+    raise typer.Exit(run(chosen_settings(context.args, values), load=load_engine))
+
+
+for _command in (train, heal):
+    app.command()(_command)
 
 
 def chosen_settings(extra: list[str], values: Mapping[str, str | None]) -> Settings:
@@ -132,10 +133,10 @@ def _explain(error: OSError | UnicodeError, host: str, port: int) -> SettingsErr
     return SettingsError(f"cannot listen on {host} port {port}: {error.strerror}; pass --host or --port")
 
 
-def _complain(message: str) -> None:
-    print(f"layerskip: {message}", file=sys.stderr)
-
-
 def main() -> None:
-    """Entry of the `layerskip` command."""
-    app()
+    """Entry of the `layerskip` command: what the operator can mend is said in one line."""
+    try:
+        app()
+    except StartupError as error:
+        print(f"layerskip: {error}", file=sys.stderr)
+        sys.exit(1)

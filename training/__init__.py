@@ -1,0 +1,1 @@
+"""Makes, heals and looks inside checkpoints; only the command line reaches it, lazily."""

@@ -1,0 +1,1 @@
+"""Commands of the `layerskip` program that work on checkpoints, one function in each module."""
