@@ -16,8 +16,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet -e '.[test,bench,train]'
 	touch $@
 
+# Converted once, into the user's cache.
+KNOWN_MODELS := smollm2
+
 serve: setup
-	@exec $(BIN)/layerskip serve $(if $(MODEL),'$(MODEL)') $(if $(PORT),--port $(PORT))
+	@model=$(if $(filter $(KNOWN_MODELS),$(MODEL)),$$($(BIN)/layerskip convert $(MODEL)),'$(MODEL)') && \
+	exec $(BIN)/layerskip serve $${model:+"$$model"} $(if $(PORT),--port $(PORT))
 
 test: setup
 	$(BIN)/pytest -q -m 'not gpu'

@@ -17,6 +17,7 @@ import typer
 
 from config.errors import SettingsError, StartupError
 from config.settings import Settings, default_text, flag_name, refuse_unknown, variable_name
+from training.commands.convert import convert
 from training.commands.heal import heal
 from training.commands.train import train
 
@@ -72,7 +73,7 @@ def serve(context: typer.Context, **values: str | None) -> None:
     raise typer.Exit(run(chosen_settings(context.args, values), load=load_engine))
 
 
-for _command in (train, heal):
+for _command in (train, heal, convert):
     app.command()(_command)
 
 
