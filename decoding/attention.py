@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoding.kv_cache import KVCache
-
-Ints = NDArray[np.int64]
+from decoding.ragged import Ints, Ragged
 
 _MAX_SHARED_QUERIES: Final = 32
 """Rows with more queries than this are attended alone: padding others to their length would cost more."""
@@ -62,11 +61,9 @@ class _Band:
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """How ragged queries are attended, whatever their positions: `counts_B[b]` ≥ 1 of each row, in row order."""
+    """How ragged queries are attended, whatever their positions."""
 
-    counts_B: Ints
-    rows_N: Ints
-    steps_N: Ints
+    tokens: Ragged
     bands: tuple[_Band, ...]
 
 
@@ -107,32 +104,30 @@ class GatherAttention:
         self._device = rotations_TF.device
         self._repeats = shape.num_heads // shape.num_kv_heads
 
-    def arrange(self, counts_B: Ints, classes_B: Ints) -> Arrangement:
-        """Prepare for `counts_B[b]` ≥ 1 queries of row b, whose context is of class `classes_B[b]`.
+    def arrange(self, tokens: Ragged, classes_B: Ints) -> Arrangement:
+        """Prepare for these queries, at least one of each row; row b's context is of class `classes_B[b]`.
 
         Neighbours share a band if they have few queries and contexts of one class.
         """
-        rows_N = np.repeat(np.arange(len(counts_B)), counts_B)
-        firsts_B = np.cumsum(counts_B) - counts_B
+        counts_B = tokens.counts_B
         is_long_B = counts_B > _MAX_SHARED_QUERIES
         starts_band_B = is_long_B[1:] | is_long_B[:-1] | (np.diff(classes_B) != 0)
         edges = [0, *(np.flatnonzero(starts_band_B) + 1).tolist(), len(counts_B)]
         return Arrangement(
-            counts_B=counts_B,
-            rows_N=rows_N,
-            steps_N=np.arange(len(rows_N)) - firsts_B[rows_N],
+            tokens=tokens,
             bands=tuple(self._band(counts_B, *pair) for pair in pairwise(edges)),
         )
 
     def queries(self, arrangement: Arrangement, slots_BT: Ints, starts_B: Ints) -> Queries:
-        """Queries of each row from position `starts_B[b]` on.
+        """Queries of each row, whose 0-th token, skipped or not, is at position `starts_B[b]`.
 
         `slots_BT[b, t]` is the slot of row b's position t; columns reach at least to the last query.
         """
-        positions_N = starts_B[arrangement.rows_N] + arrangement.steps_N
-        ends_B = starts_B + arrangement.counts_B
+        tokens = arrangement.tokens
+        positions_N = starts_B[tokens.rows_N] + tokens.steps_N
+        starts_B, ends_B = starts_B + tokens.skipped_B, starts_B + tokens.ends_B
         return Queries(
-            slots_N=self._on_device(slots_BT[arrangement.rows_N, positions_N]),
+            slots_N=self._on_device(slots_BT[tokens.rows_N, positions_N]),
             rotations_N1F=self._rotations_T1F.index_select(0, self._on_device(positions_N)),
             rectangles=tuple(self._rectangle(band, slots_BT, starts_B, ends_B) for band in arrangement.bands),
         )

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from decoding.acceptance import num_kept
-from decoding.attention import GatherAttention, Ints
+from decoding.attention import GatherAttention
 from decoding.drafting import Drafts, EarlyExitDrafter
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan, Result
+from decoding.ragged import Ints
 from decoding.route import Route, Routes
 from decoding.verification import Verifier
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoding.attention import GatherAttention, Ints
+from decoding.attention import GatherAttention
 from decoding.coupling import choose
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
+from decoding.ragged import Ints
 from decoding.route import DraftStep, Route
 
 

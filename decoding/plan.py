@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from decoding.attention import Ints
 from decoding.logits import Sampling
+from decoding.ragged import Ints
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.attention import Arrangement, GatherAttention, Ints, context_classes
+from decoding.attention import Arrangement, GatherAttention, context_classes
 from decoding.plan import Plan
+from decoding.ragged import Ints, Ragged
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class DraftStep:
 
 @dataclass(frozen=True, slots=True)
 class VerifyLeg:
-    """Layers first … last − 1 for the tokens that stand there: of row b, all but the first `skipped_B[b]`.
+    """Layers first … last − 1 for the tokens that stand there: all of a row's, or only its last.
 
     `join_N` picks them from the tokens of the leg before and, behind those, the exit hiddens of all drafts; for
     the first leg, from the ids fed and, behind those, the ids of all drafts.
@@ -51,7 +52,6 @@ class VerifyLeg:
 
     first: int
     last: int
-    skipped_B: Ints
     arrangement: Arrangement
     join_N: Tensor
 
@@ -98,7 +98,7 @@ class Routes:
         lengths_B = plan.draft_lengths_B
         num_drafting_K = (lengths_B > np.arange(lengths_B[0])[:, None]).sum(1)
         drafts = _DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
-        whole = _Tokens(plan.num_fed_B + lengths_B, np.zeros_like(lengths_B))
+        whole = Ragged.of(plan.num_fed_B + lengths_B)
         # A row chooses after its last known token and after each of its drafts.
         is_choice_N = plan.chooses_B[whole.rows_N] & (whole.steps_N >= plan.num_fed_B[whole.rows_N] - 1)
         choosing_M = np.flatnonzero(is_choice_N)
@@ -133,7 +133,7 @@ class Routes:
         legs = []
         for first, last in zip([0, *exits], exits, strict=False):
             rows = order_P[: int((exit_layers_P > first).sum())]
-            arrangement = self._attention.arrange(np.ones_like(rows), classes_P[rows])
+            arrangement = self._attention.arrange(Ragged.of(np.ones_like(rows)), classes_P[rows])
             legs.append(DraftLeg(first, last, rows, arrangement, int((exit_layers_P > last).sum())))
         is_uniform = len(exits) == 1
         return DraftStep(
@@ -146,14 +146,14 @@ class Routes:
     def _verify_legs(self, plan: Plan, classes_B: Ints, drafts: _DraftList) -> tuple[VerifyLeg, ...]:
         joins = np.unique(plan.exit_layers_B[plan.draft_lengths_B > 0]).tolist()
         legs: list[VerifyLeg] = []
-        before: _Tokens | None = None
+        before: Ragged | None = None
         for first, last in zip([0, *joins], [*joins, self._num_layers], strict=True):
             standing = _standing(plan, first)
             join_N = (
                 _entering(plan, standing, drafts) if before is None else _joining(before, standing, drafts)
             )
-            arrangement = self._attention.arrange(standing.counts_B, classes_B)
-            legs.append(VerifyLeg(first, last, standing.skipped_B, arrangement, self._on_device(join_N)))
+            arrangement = self._attention.arrange(standing, classes_B)
+            legs.append(VerifyLeg(first, last, arrangement, self._on_device(join_N)))
             before = standing
         return tuple(legs)
 
@@ -171,37 +171,14 @@ class _DraftList:
         return self.firsts_K[steps] + rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """Ragged tokens in row order: row b has `counts_B[b]`, the first of them its `skipped_B[b]`-th."""
-
-    counts_B: Ints
-    skipped_B: Ints
-
-    @property
-    def rows_N(self) -> Ints:
-        return np.repeat(np.arange(len(self.counts_B)), self.counts_B)
-
-    @property
-    def firsts_B(self) -> Ints:
-        """Index in the ragged list of each row's first token."""
-        return np.cumsum(self.counts_B) - self.counts_B
-
-    @property
-    def steps_N(self) -> Ints:
-        """How many tokens of its row in this step come before each token."""
-        rows_N = self.rows_N
-        return np.arange(len(rows_N)) - (self.firsts_B - self.skipped_B)[rows_N]
-
-
-def _standing(plan: Plan, layer: int) -> _Tokens:
+def _standing(plan: Plan, layer: int) -> Ragged:
     """Which tokens run in `layer`: below its exit layer a drafting row still lacks all but its last draft."""
     is_early_B = (plan.draft_lengths_B > 0) & (plan.exit_layers_B > layer)
     whole_B = plan.num_fed_B + plan.draft_lengths_B
-    return _Tokens(np.where(is_early_B, 1, whole_B), np.where(is_early_B, whole_B - 1, 0))
+    return Ragged.of(np.where(is_early_B, 1, whole_B), np.where(is_early_B, whole_B - 1, 0))
 
 
-def _entering(plan: Plan, standing: _Tokens, drafts: _DraftList) -> Ints:
+def _entering(plan: Plan, standing: Ragged, drafts: _DraftList) -> Ints:
     """Fed tokens, and the last draft of each drafting row: an index into fed ids, then drafted ids."""
     rows_N, steps_N = standing.rows_N, standing.steps_N
     is_draft_N = plan.draft_lengths_B[rows_N] > 0
@@ -210,10 +187,10 @@ def _entering(plan: Plan, standing: _Tokens, drafts: _DraftList) -> Ints:
     return index_N
 
 
-def _joining(before: _Tokens, after: _Tokens, drafts: _DraftList) -> Ints:
+def _joining(before: Ragged, after: Ragged, drafts: _DraftList) -> Ints:
     """The tokens of the leg before, and the exit hiddens of the rows whose exit layer this is, in their places."""
     rows_N, steps_N = after.rows_N, after.steps_N
     joins_N = steps_N < before.skipped_B[rows_N]
-    index_N = (before.firsts_B - before.skipped_B)[rows_N] + steps_N
+    index_N = before.firsts_B[rows_N] + steps_N
     index_N[joins_N] = before.counts_B.sum() + drafts.index(rows_N[joins_N], steps_N[joins_N])
     return index_N

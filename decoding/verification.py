@@ -11,11 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decoding.attention import GatherAttention, Ints
+from decoding.attention import GatherAttention
 from decoding.coupling import choose
 from decoding.drafting import Drafts
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
+from decoding.ragged import Ints
 from decoding.route import Route
 
 
@@ -55,6 +56,6 @@ class Verifier:
             if leg is not entering:
                 assert drafts is not None
                 hidden_ND = torch.cat((hidden_ND, drafts.exits_MD))[leg.join_N]
-            queries = self._attention.queries(leg.arrangement, slots_BT, plan.num_computed_B + leg.skipped_B)
+            queries = self._attention.queries(leg.arrangement, slots_BT, plan.num_computed_B)
             hidden_ND = self._model.run_layers(hidden_ND, leg.first, leg.last, queries)
         return hidden_ND

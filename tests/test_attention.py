@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decoding.attention import AttentionShape, GatherAttention, context_classes, rotate_
 from decoding.kv_cache import KVCache, slot_bytes
+from decoding.ragged import Ragged
 
 LONGEST = 120
 NUM_LAYERS = 2
@@ -110,7 +111,7 @@ class Bench:
         spans = list(zip(chosen, starts, counts, strict=True))
         qkv_NW = torch.from_numpy(np.concatenate([row.fused[s : s + c] for row, s, c in spans]))
         contexts_B = np.array(starts) + np.array(counts)
-        arrangement = self.attention.arrange(np.array(counts), context_classes(contexts_B))
+        arrangement = self.attention.arrange(Ragged.of(np.array(counts)), context_classes(contexts_B))
         queries = self.attention.queries(arrangement, slots_BT, np.array(starts))
         got = self.attention.attend(layer, qkv_NW, queries)
         expected = [row.attended(self.shape, t) for row, s, c in spans for t in range(s, s + c)]

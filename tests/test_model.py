@@ -20,6 +20,7 @@ from decoding.kv_cache import KVCache
 from decoding.linear import HalfStoredLinear
 from decoding.messages import Generate, SamplingParams
 from decoding.model import LlamaDecoder, RmsNorm, Weights
+from decoding.ragged import Ragged
 from decoding.weights import Placement, load_weights, rotations
 from tests.tiny import LLAMA3_ROPE, load_reference, make_checkpoint
 
@@ -64,7 +65,9 @@ class Loaded:
     def queries(self, starts: list[int], counts: list[int]) -> Queries:
         """Rows in consecutive stretches of slots."""
         slots_BT = np.arange(len(starts))[:, None] * NUM_POSITIONS + np.arange(NUM_POSITIONS)
-        arrangement = self.attention.arrange(np.array(counts), np.zeros(len(counts), dtype=np.int64))
+        arrangement = self.attention.arrange(
+            Ragged.of(np.array(counts)), np.zeros(len(counts), dtype=np.int64)
+        )
         return self.attention.queries(arrangement, slots_BT, np.array(starts))
 
     def logits_after(self, ids_N: Tensor, last: int) -> Tensor:
@@ -193,7 +196,7 @@ def test_a_ragged_batch_in_chunks_equals_each_row_whole(plain: Loaded) -> None:
         slots_BT = np.array(active)[:, None] * NUM_POSITIONS + np.arange(NUM_POSITIONS)
         queries = plain.attention.queries(
             plain.attention.arrange(
-                np.array([counts[i] for i in active]), np.zeros(len(active), dtype=np.int64)
+                Ragged.of(np.array([counts[i] for i in active])), np.zeros(len(active), dtype=np.int64)
             ),
             slots_BT,
             np.array([computed[i] for i in active]),
