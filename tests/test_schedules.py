@@ -1,7 +1,10 @@
 """The recipe's formulas against values worked out by hand from arXiv 2404.16710, equations 1 to 6."""
 
+from pathlib import Path
+
 import pytest
 
+import training.recipe
 from training.recipe import EarlyExit, LayerDropout, Recipe, RecipeError, Stage
 from training.schedules import (
     Curriculum,
@@ -134,5 +137,24 @@ def test_a_recipe_that_cannot_be_followed_says_which_key(tmp_path, text, complai
     path = tmp_path / "recipe.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=complaint) as caught:
-        Recipe.load(path)
+        Recipe.find(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_changes_another_one_key_by_key(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "based_on: python-8m\nname: mine\nlayer_dropout: {p_max: 0.0}\nearly_exit: {e_scale: 0.0}\n",
+        encoding="utf-8",
+    )
+    mine, theirs = Recipe.find(str(tmp_path / "mine.yaml")), Recipe.find("python-8m")
+    assert mine.layer_dropout.p_max == 0.0
+    assert mine.layer_dropout.over_time is theirs.layer_dropout.over_time
+    assert mine.architecture == theirs.architecture
+    assert mine.exit_weights(0, num_layers=16) == {15: 1.0}
+
+
+def test_every_bundled_recipe_can_be_followed():
+    names = sorted(path.stem for path in (Path(training.recipe.__file__).parent / "recipes").glob("*.yaml"))
+    assert "python-8m" in names
+    for name in names:
+        assert Recipe.find(name).name == name

@@ -156,29 +156,19 @@ class Recipe(_Part):
 
     @classmethod
     def find(cls, name: str, *, num_steps: int | None = None) -> Self:
-        """Read a recipe file, or the bundled recipe of that name. Raises RecipeError."""
-        bundled = Path(__file__).parent / "recipes"
-        for path in (Path(name), bundled / f"{name}.yaml"):
-            if path.is_file():
-                return cls.load(path, **({} if num_steps is None else {"num_steps": num_steps}))
-        known = ", ".join(sorted(path.stem for path in bundled.glob("*.yaml")))
-        raise RecipeError(f"recipe {name}: no such file; bundled recipes: {known}")
+        """Read a recipe file, or the bundled recipe of that name. Raises RecipeError.
 
-    @classmethod
-    def load(cls, path: Path, **changes: object) -> Self:
-        """Read a recipe; `changes` replace keys of the file. Raises RecipeError."""
+        `based_on` names another recipe, whose keys this one changes.
+        """
+        raw = _read_with_base(name)
+        if num_steps is not None:
+            raw["num_steps"] = num_steps
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"recipe {path}: cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(raw, dict):
-            raise RecipeError(f"recipe {path}: must be a mapping of keys to values")
-        try:
-            return cls.model_validate({**raw, **changes})
+            return cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "recipe"
-            raise RecipeError(f"recipe {path}: {where}: {first['msg']}") from error
+            where = ".".join(map(str, first["loc"])) or "as a whole"
+            raise RecipeError(f"recipe {name}: {where}: {first['msg']}") from error
 
     def stage_at(self, step: int) -> Stage:
         """The stage that `step` belongs to."""
@@ -217,3 +207,37 @@ class Recipe(_Part):
         return chosen.learning_rate * learning_rate_factor(
             step, self.num_steps, num_warmup=chosen.num_warmup, decay_share=chosen.decay_share
         )
+
+
+def _read_with_base(name: str) -> dict[str, object]:
+    path = _find(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {path}: cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path}: must be a mapping of keys to values")
+    base = raw.pop("based_on", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or base == name:
+        raise RecipeError(f"recipe {path}: based_on: must name another recipe, got {base!r}")
+    return _changed(_read_with_base(base), raw)
+
+
+def _find(name: str) -> Path:
+    bundled = Path(__file__).parent / "recipes"
+    for path in (Path(name), bundled / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in bundled.glob("*.yaml")))
+    raise RecipeError(f"recipe {name}: no such file; bundled recipes: {known}")
+
+
+def _changed(base: Mapping[str, object], changes: Mapping[str, object]) -> dict[str, object]:
+    """`base` with keys replaced, those of its parts one by one."""
+    whole = dict(base)
+    for key, value in changes.items():
+        old = whole.get(key)
+        whole[key] = _changed(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return whole
