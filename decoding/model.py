@@ -72,6 +72,11 @@ class LlamaDecoder:
         self.num_layer_calls = 0
 
     @property
+    def weights(self) -> Weights:
+        """What it computes with: the same weights may serve another decoder, with a cache of its own."""
+        return self._weights
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers of the full model."""
         return len(self._weights.layers)

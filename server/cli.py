@@ -19,6 +19,7 @@ from config.errors import SettingsError, StartupError
 from config.settings import Settings, default_text, flag_name, refuse_unknown, variable_name
 from training.commands.convert import convert
 from training.commands.heal import heal
+from training.commands.inspect import inspect as inspect_layers
 from training.commands.train import train
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def serve(context: typer.Context, **values: str | None) -> None:
 
 for _command in (train, heal, convert):
     app.command()(_command)
+app.command("inspect")(inspect_layers)
 
 
 def chosen_settings(extra: list[str], values: Mapping[str, str | None]) -> Settings:
