@@ -1,8 +1,8 @@
 """What a code-completion checkpoint writes, and how much of it its early exits would have written.
 
 On beginnings of functions and classes from text that was held out of training (`--run`, a folder of
-`layerskip train`): the share of sampled completions that parse as Python up to their last full statement, how varied
-they are, and the acceptance rate of greedy drafts by exit layer. Nothing here is timed.
+`layerskip train`): the share of sampled completions that parse as Python up to their last full statement, how
+varied they are, and the acceptance rate of greedy drafts by exit layer. Nothing here is timed.
 """
 
 from __future__ import annotations
