@@ -21,16 +21,35 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+class LogitEdits(msgspec.Struct, frozen=True):
+    """What is done to logits before temperature and filters, in the order of these fields; see `decoding.edits`.
+
+    `allowed_token_ids` empty allows all. Each of `bad_words` is a list of ids whose last may not follow the others.
+    Before `min_tokens` new tokens, no stop token is chosen. Presence and frequency count new tokens, repetition the
+    prompt's too.
+    """
+
+    allowed_token_ids: list[int] = []
+    bad_words: list[list[int]] = []
+    min_tokens: int = 0
+    logit_bias: dict[int, float] = {}
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is chosen from the full model's logits.
 
-    `temperature` 0 means argmax. `top_k` 0, `top_p` 1 and `min_p` 0 switch their filter off.
+    `temperature` 0 means argmax. `top_k` 0, `top_p` 1 and `min_p` 0 switch their filter off. `edits` is None where
+    none is asked for.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    edits: LogitEdits | None = None
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):
@@ -38,7 +57,11 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 
     `seed` is the sequence's own (see `sequence_seed`). `stop_token_ids` holds every id that ends the
     sequence, end-of-sequence included unless the caller ignores it. `prompt_ids` is not empty and
-    `len(prompt_ids) + max_new_tokens` fits the context; the API process has checked both.
+    `len(prompt_ids) + max_new_tokens` fits the context; the API process has checked both. With `max_new_tokens` 0
+    the prompt is computed and the sequence ends without a token.
+
+    `logprobs` and `prompt_logprobs` ask for log-probabilities of new tokens and of the prompt's, each beside those of
+    this many most probable ones; None asks for none. `traces_drafts` asks for the ids of all drafts.
     """
 
     sequence_id: int
@@ -49,6 +72,9 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     stop_token_ids: list[int]
     exit_layer: int
     draft_length: int
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    traces_drafts: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -60,6 +86,18 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 Command = Generate | Abort
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """How probable a token was to the full model, before edits, temperature and filters; natural logarithm.
+
+    `rank` is 1 for the most probable token. `top_ids` are the most probable tokens, best first, with `top_logprobs`.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class Decoded(msgspec.Struct, frozen=True):
     """What one cycle gave one sequence.
 
@@ -67,6 +105,10 @@ class Decoded(msgspec.Struct, frozen=True):
     and `kept` count this cycle's drafts of this sequence at `exit_layer`. `finish_reason` is set on the
     sequence's last event and only there. `queued_s` and `num_cached_tokens` (prompt tokens whose KV came
     from the prefix cache) are set on its first event and only there.
+
+    `logprobs` are those of `token_ids`, if asked for. `prompt_logprobs` come piece by piece, in order, as the prompt is
+    computed, from its second token on: the first has nothing before it. Events that carry nothing else have no
+    token ids. `drafted_ids` are this cycle's drafts, kept ones first, if a trace was asked for.
     """
 
     sequence_id: int
@@ -77,6 +119,9 @@ class Decoded(msgspec.Struct, frozen=True):
     finish_reason: FinishReason | None = None
     queued_s: float | None = None
     num_cached_tokens: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    drafted_ids: list[int] | None = None
 
 
 class Load(msgspec.Struct, frozen=True):

@@ -89,8 +89,13 @@ class Trainer:
         if state is None:
             return False
         about = json.loads((state / "run.json").read_text(encoding="utf-8"))
-        ours, theirs = self.recipe.model_dump(mode="json"), about["recipe"]
-        other = [key for key in ours if key not in _MAY_CHANGE and ours[key] != theirs.get(key)]
+        # Read as a recipe, so that keys which have come since have their defaults.
+        theirs = Recipe.model_validate(about["recipe"])
+        other = [
+            key
+            for key in Recipe.model_fields
+            if key not in _MAY_CHANGE and getattr(self.recipe, key) != getattr(theirs, key)
+        ]
         if other:
             raise RecipeError(
                 f"{self._folder}: was begun with another {other[0]}; give another --out, or the first recipe"
