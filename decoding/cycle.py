@@ -17,10 +17,12 @@ from decoding.acceptance import num_kept
 from decoding.attention import GatherAttention
 from decoding.drafting import Drafts, EarlyExitDrafter
 from decoding.model import LlamaDecoder
-from decoding.plan import Plan, Result
+from decoding.plan import Plan, Reported, Result
 from decoding.ragged import Ints
 from decoding.route import Route, Routes
-from decoding.verification import Verifier
+from decoding.verification import Verified, Verifier
+
+Chosen = tuple[tuple[int, ...], ...]
 
 
 class Cycle:
@@ -49,14 +51,36 @@ class Cycle:
         if route.draft_steps:
             drafts = self._drafter.draft(plan, route, slots_BT, fed_N[route.last_fed_B])
         drafted = self._clock()
-        choices_BQ = self._verifier.choices(plan, route, slots_BT, fed_N, drafts)
-        chosen = self._keep(plan, route, drafts, choices_BQ)
-        return Result(chosen=chosen, draft_s=drafted - started, verify_s=self._clock() - drafted)
+        verified = self._verifier.verify(plan, route, slots_BT, fed_N, drafts)
+        chosen = self._keep(plan, route, drafts, verified.choices_BQ)
+        reported = self._report(plan, route, drafts, verified, chosen)
+        verify_s = self._clock() - drafted
+        return Result(chosen=chosen, reported=reported, draft_s=drafted - started, verify_s=verify_s)
 
     @staticmethod
-    def _keep(
-        plan: Plan, route: Route, drafts: Drafts | None, choices_BQ: Tensor
-    ) -> tuple[tuple[int, ...], ...]:
+    def _report(
+        plan: Plan, route: Route, drafts: Drafts | None, verified: Verified, chosen: Chosen
+    ) -> tuple[Reported | None, ...]:
+        if not any(plan.wanted):
+            return (None,) * plan.num_rows
+        # Copies of their own, which only steps with such rows pay for.
+        ids_M = [] if drafts is None else drafts.ids_M.tolist()
+        reported: list[Reported | None] = []
+        for row, (wanted, own) in enumerate(zip(plan.wanted, chosen, strict=True)):
+            drafted: list[int] = []
+            if wanted is not None and wanted.drafts:
+                steps = np.arange(plan.draft_lengths_B[row])
+                drafted = [ids_M[index] for index in route.places.drafts.index(np.array(row), steps).tolist()]
+            report = Reported(
+                logprobs=verified.logprobs.get(row, ())[: len(own)],
+                prompt_logprobs=verified.prompt_logprobs.get(row, ()),
+                drafted_ids=tuple(drafted),
+            )
+            reported.append(None if wanted is None else report)
+        return tuple(reported)
+
+    @staticmethod
+    def _keep(plan: Plan, route: Route, drafts: Drafts | None, choices_BQ: Tensor) -> Chosen:
         if drafts is None:
             kept_B = torch.zeros_like(route.draft_lengths_B)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from decoding.attention import GatherAttention
 from decoding.coupling import choose
+from decoding.edits import apply_edits
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
 from decoding.ragged import Ints
@@ -48,10 +49,19 @@ class EarlyExitDrafter:
         for ahead, step in enumerate(route.draft_steps):
             num_rows = step.num_rows
             exits.append(self._run_to_exits(step, slots_BT, plan.num_computed_B + ahead, fed_P[:num_rows]))
-            logits_PV = self._model.logits(exits[-1])
+            logits_PV = self._edited(plan, self._model.logits(exits[-1]), ids)
             fed_P = choose(logits_PV, plan.sampling.first(num_rows), next_positions_B[:num_rows] + ahead)
             ids.append(fed_P)
         return Drafts(ids_M=torch.cat(ids), exits_MD=torch.cat(exits))
+
+    @staticmethod
+    def _edited(plan: Plan, logits_PV: Tensor, ids: list[Tensor]) -> Tensor:
+        """Logits edited behind each row's known ids and its drafts so far."""
+        edited = plan.edited[: len(logits_PV)]
+        if not any(edited):
+            return logits_PV
+        before = [[step_P[row] for step_P in ids] for row in range(len(edited))]
+        return apply_edits(logits_PV, edited, before)
 
     def _run_to_exits(self, step: DraftStep, slots_BT: Ints, positions_B: Ints, ids_P: Tensor) -> Tensor:
         """Exit hiddens [P, D] of one token for each row: together through the stack, each up to its exit."""

@@ -24,9 +24,9 @@ class FinishReason(StrEnum):
 class LogitEdits(msgspec.Struct, frozen=True):
     """What is done to logits before temperature and filters, in the order of these fields; see `decoding.edits`.
 
-    `allowed_token_ids` empty allows all. Each of `bad_words` is a list of ids whose last may not follow the others.
-    Before `min_tokens` new tokens, no stop token is chosen. Presence and frequency count new tokens, repetition the
-    prompt's too.
+    `allowed_token_ids` empty allows all. Each of `bad_words` is a list of ids whose last may not follow the
+    others. Before `min_tokens` new tokens, no stop token is chosen. Presence and frequency count new tokens,
+    repetition the prompt's too.
     """
 
     allowed_token_ids: list[int] = []
@@ -60,8 +60,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     `len(prompt_ids) + max_new_tokens` fits the context; the API process has checked both. With `max_new_tokens` 0
     the prompt is computed and the sequence ends without a token.
 
-    `logprobs` and `prompt_logprobs` ask for log-probabilities of new tokens and of the prompt's, each beside those of
-    this many most probable ones; None asks for none. `traces_drafts` asks for the ids of all drafts.
+    `logprobs` and `prompt_logprobs` ask for log-probabilities of new tokens and of the prompt's, each beside
+    those of this many most probable ones; None asks for none. `traces_drafts` asks for the ids of all drafts.
     """
 
     sequence_id: int
@@ -89,7 +89,8 @@ Command = Generate | Abort
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """How probable a token was to the full model, before edits, temperature and filters; natural logarithm.
 
-    `rank` is 1 for the most probable token. `top_ids` are the most probable tokens, best first, with `top_logprobs`.
+    `rank` is 1 for the most probable token. `top_ids` are the most probable tokens, best first, with
+    `top_logprobs`.
     """
 
     logprob: float
@@ -106,9 +107,9 @@ class Decoded(msgspec.Struct, frozen=True):
     sequence's last event and only there. `queued_s` and `num_cached_tokens` (prompt tokens whose KV came
     from the prefix cache) are set on its first event and only there.
 
-    `logprobs` are those of `token_ids`, if asked for. `prompt_logprobs` come piece by piece, in order, as the prompt is
-    computed, from its second token on: the first has nothing before it. Events that carry nothing else have no
-    token ids. `drafted_ids` are this cycle's drafts, kept ones first, if a trace was asked for.
+    `logprobs` are those of `token_ids`, if asked for. `prompt_logprobs` come with the first event, from the
+    prompt's second token on: the first has nothing before it. `drafted_ids` are this cycle's drafts, kept ones
+    first, if a trace was asked for.
     """
 
     sequence_id: int

@@ -11,8 +11,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from decoding.edits import Edited
 from decoding.logits import Sampling
+from decoding.messages import TokenLogprob
 from decoding.ragged import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScoring:
+    """Log-probabilities of prompt tokens: `targets` follow the fed tokens from the `first`-th on."""
+
+    first: int
+    targets: Ints
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a row reports besides its tokens: log-probabilities beside this many most probable tokens, those of its
+    prompt, its drafts. None and False ask for nothing.
+    """
+
+    num_top: int | None = None
+    prompt: PromptScoring | None = None
+    drafts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What a row reported: of its chosen tokens, of its prompt's, and the ids of its drafts."""
+
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    drafted_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +52,8 @@ class Plan:
 
     A row whose known tokens are all fed `chooses` its next token; the others are chunks of a longer prompt.
     A row with one token pending may draft: `draft_lengths_B[b]` tokens at `exit_layers_B[b]`; draft length 0
-    is plain decoding. Rows come in the order of falling draft lengths.
+    is plain decoding. Rows come in the order of falling draft lengths. `edited` and `wanted` are None for rows
+    that asked for nothing.
     """
 
     sequence_ids: tuple[int, ...]
@@ -33,6 +65,8 @@ class Plan:
     chooses_B: np.ndarray[tuple[int], np.dtype[np.bool_]]
     blocks_BW: Ints
     sampling: Sampling
+    edited: tuple[Edited | None, ...]
+    wanted: tuple[Wanted | None, ...]
 
     @property
     def num_rows(self) -> int:
@@ -49,9 +83,11 @@ class Plan:
 class Result:
     """What a plan came to. `chosen[b]` are row b's new tokens: the drafts that stand and the full model's next.
 
-    Empty for rows that choose nothing. `draft_s` and `verify_s` are wall seconds.
+    Empty for rows that choose nothing. `reported[b]` is None where row b wanted nothing. `draft_s` and
+    `verify_s` are wall seconds.
     """
 
     chosen: tuple[tuple[int, ...], ...]
+    reported: tuple[Reported | None, ...]
     draft_s: float
     verify_s: float

@@ -57,6 +57,31 @@ class VerifyLeg:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftList:
+    """Where each draft lies in the list of all: row b's i-th at `firsts_K[i] + b`."""
+
+    firsts_K: Ints
+
+    def index(self, rows: Ints, steps: Ints) -> Ints:
+        """Where the `steps`-th drafts of `rows` lie."""
+        return self.firsts_K[steps] + rows
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things lie, for the host, which looks after rows that ask for more than tokens.
+
+    `firsts_B` is each row's first token in the last leg; choice m is row `rows_M[m]`'s, after `num_drafts_M[m]`
+    of its drafts.
+    """
+
+    firsts_B: Ints
+    rows_M: Ints
+    num_drafts_M: Ints
+    drafts: DraftList
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """A step's way through the layers.
 
@@ -65,6 +90,7 @@ class Route:
     computed one; `choices_BQ` and `drafts_BK` pick each row's choices and drafts, anything past its own.
     """
 
+    places: Places
     last_fed_B: Tensor
     draft_steps: tuple[DraftStep, ...]
     verify_legs: tuple[VerifyLeg, ...]
@@ -97,7 +123,7 @@ class Routes:
     def _make(self, plan: Plan, classes_B: Ints) -> Route:
         lengths_B = plan.draft_lengths_B
         num_drafting_K = (lengths_B > np.arange(lengths_B[0])[:, None]).sum(1)
-        drafts = _DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
+        drafts = DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
         whole = Ragged.of(plan.num_fed_B + lengths_B)
         # A row chooses after its last known token and after each of its drafts.
         is_choice_N = plan.chooses_B[whole.rows_N] & (whole.steps_N >= plan.num_fed_B[whole.rows_N] - 1)
@@ -108,6 +134,12 @@ class Routes:
         choices_BQ = (np.cumsum(num_choices_B) - num_choices_B)[:, None] + columns_Q
         drafts_BK = drafts.index(np.arange(len(lengths_B))[:, None], columns_K)
         return Route(
+            places=Places(
+                firsts_B=whole.firsts_B,
+                rows_M=whole.rows_N[choosing_M],
+                num_drafts_M=(whole.steps_N - (plan.num_fed_B - 1)[whole.rows_N])[choosing_M],
+                drafts=drafts,
+            ),
             last_fed_B=self._on_device(np.cumsum(plan.num_fed_B) - 1),
             draft_steps=self._draft_steps(plan, classes_B, num_drafting_K),
             verify_legs=self._verify_legs(plan, classes_B, drafts),
@@ -143,7 +175,7 @@ class Routes:
             back_P=None if is_uniform else self._on_device(np.argsort(order_P)),
         )
 
-    def _verify_legs(self, plan: Plan, classes_B: Ints, drafts: _DraftList) -> tuple[VerifyLeg, ...]:
+    def _verify_legs(self, plan: Plan, classes_B: Ints, drafts: DraftList) -> tuple[VerifyLeg, ...]:
         joins = np.unique(plan.exit_layers_B[plan.draft_lengths_B > 0]).tolist()
         legs: list[VerifyLeg] = []
         before: Ragged | None = None
@@ -161,16 +193,6 @@ class Routes:
         return torch.from_numpy(array).to(self._device)
 
 
-@dataclass(frozen=True, slots=True)
-class _DraftList:
-    """Where each draft lies in the list of all: row b's i-th at `firsts_K[i] + b`."""
-
-    firsts_K: Ints
-
-    def index(self, rows: Ints, steps: Ints) -> Ints:
-        return self.firsts_K[steps] + rows
-
-
 def _standing(plan: Plan, layer: int) -> Ragged:
     """Which tokens run in `layer`: below its exit layer a drafting row still lacks all but its last draft."""
     is_early_B = (plan.draft_lengths_B > 0) & (plan.exit_layers_B > layer)
@@ -178,7 +200,7 @@ def _standing(plan: Plan, layer: int) -> Ragged:
     return Ragged.of(np.where(is_early_B, 1, whole_B), np.where(is_early_B, whole_B - 1, 0))
 
 
-def _entering(plan: Plan, standing: Ragged, drafts: _DraftList) -> Ints:
+def _entering(plan: Plan, standing: Ragged, drafts: DraftList) -> Ints:
     """Fed tokens, and the last draft of each drafting row: an index into fed ids, then drafted ids."""
     rows_N, steps_N = standing.rows_N, standing.steps_N
     is_draft_N = plan.draft_lengths_B[rows_N] > 0
@@ -187,7 +209,7 @@ def _entering(plan: Plan, standing: Ragged, drafts: _DraftList) -> Ints:
     return index_N
 
 
-def _joining(before: Ragged, after: Ragged, drafts: _DraftList) -> Ints:
+def _joining(before: Ragged, after: Ragged, drafts: DraftList) -> Ints:
     """The tokens of the leg before, and the exit hiddens of the rows whose exit layer this is, in their places."""
     rows_N, steps_N = after.rows_N, after.steps_N
     joins_N = steps_N < before.skipped_B[rows_N]

@@ -9,13 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from decoding.blocks import BlockPool, PrefixHit, num_publishable
-from decoding.logits import Sampling
 from decoding.messages import Decoded, FinishReason, Generate, Load
-from decoding.plan import Plan, Result
+from decoding.plan import Plan, Reported, Result
+from decoding.planning import Plans, Share
 from decoding.sequence import Sequence
 
 
@@ -25,15 +24,6 @@ class StepLimits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """A sequence's part of the next step: known tokens to feed, and drafts on top."""
-
-    sequence: Sequence
-    num_fed: int
-    draft_length: int = 0
 
 
 class Scheduler:
@@ -48,12 +38,11 @@ class Scheduler:
     ) -> None:
         self._pool = pool
         self._limits = limits
-        self._device = device
+        self._plans = Plans(device)
         self._clock = clock
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._planned: list[_Share] = []
-        self._sampling: tuple[list[Sequence], Sampling] | None = None
+        self._planned: list[Share] = []
         self._num_preemptions = 0
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
@@ -65,7 +54,7 @@ class Scheduler:
 
     def submit(self, request: Generate) -> None:
         """Queue a request. Its prompt and new tokens together must fit the pool; the caller has checked."""
-        self._waiting.append(Sequence(request=request, arrived_s=self._clock()))
+        self._waiting.append(Sequence(request, self._clock(), editor=self._plans.editor(request)))
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
         """Drop these sequences and free their blocks at once; unknown ids are ignored.
@@ -95,14 +84,14 @@ class Scheduler:
         # Rows of like draft length and context side by side are drafted and attended together.
         shares.sort(key=lambda share: (-share.draft_length, len(share.sequence.token_ids)))
         self._planned = shares
-        return self._as_plan(shares) if shares else None
+        return self._plans.of(shares) if shares else None
 
     def commit(self, result: Result) -> list[Decoded]:
         """Apply the planned step's result; one event for each row that has chosen tokens."""
         events = []
-        for share, chosen in zip(self._planned, result.chosen, strict=True):
+        for share, chosen, reported in zip(self._planned, result.chosen, result.reported, strict=True):
             if share.sequence.block_ids:
-                events += self._commit_row(share, chosen)
+                events += self._commit_row(share, chosen, reported or Reported())
         self._planned = []
         return events
 
@@ -123,14 +112,14 @@ class Scheduler:
         self._pool.check_integrity(s.block_ids for s in self._running)
         assert not any(s.block_ids for s in self._waiting)
 
-    def _fund_running(self) -> list[_Share]:
+    def _fund_running(self) -> list[Share]:
         """Shares of the running sequences: decoding rows first, so that a long prompt fills what they leave.
 
         Every row gets at least one token, which is why the budget is never below the number of rows.
         """
         budget = self._limits.max_num_batched_tokens
         order = sorted(self._running, key=lambda s: s.num_pending > 1)
-        shares: list[_Share] = []
+        shares: list[Share] = []
         for num_served, sequence in enumerate(order, start=1):
             share = self._fund(sequence, budget - (len(order) - num_served))
             if share is not None:
@@ -139,7 +128,7 @@ class Scheduler:
         # A share's sequence may since have been preempted for an older one's blocks.
         return [share for share in shares if share.sequence.block_ids]
 
-    def _fund(self, sequence: Sequence, budget: int) -> _Share | None:
+    def _fund(self, sequence: Sequence, budget: int) -> Share | None:
         """Give a running sequence blocks for as much of a step as `budget` ≥ 1 allows; None if it was preempted.
 
         When blocks run short, the youngest sequence's are taken.
@@ -147,11 +136,11 @@ class Scheduler:
         num_fed = min(sequence.num_pending, budget)
         while sequence in self._running:
             if self._extend(sequence, num_fed):
-                return _Share(sequence=sequence, num_fed=num_fed)
+                return Share(sequence=sequence, num_fed=num_fed)
             self._preempt_youngest()
         return None
 
-    def _add_drafts(self, shares: list[_Share], budget: int) -> list[_Share]:
+    def _add_drafts(self, shares: list[Share], budget: int) -> list[Share]:
         """Spend what budget and blocks are left on drafts, oldest rows first: nobody waits for drafts."""
         drafting = []
         for share in shares:
@@ -185,7 +174,9 @@ class Scheduler:
             return None
         known = self._waiting[0].token_ids
         # The last token is always computed: its logits choose the next.
-        hit = self._pool.find_prefix(known, max_tokens=len(known) - 1)
+        # So are the tokens whose successors' probabilities are asked for.
+        max_tokens = len(known) - 1 if self._waiting[0].is_prompt_scored else 0
+        hit = self._pool.find_prefix(known, max_tokens=max_tokens)
         num_missing = self._num_blocks(len(known)) - len(hit.block_ids)
         return hit if num_missing <= self._pool.num_allocatable_beside(hit) else None
 
@@ -204,8 +195,9 @@ class Scheduler:
         self._running.append(sequence)
         return sequence
 
-    def _commit_row(self, share: _Share, chosen: tuple[int, ...]) -> list[Decoded]:
+    def _commit_row(self, share: Share, chosen: tuple[int, ...], reported: Reported) -> list[Decoded]:
         sequence = share.sequence
+        sequence.prompt_logprobs += reported.prompt_logprobs
         if not chosen:
             sequence.num_computed += share.num_fed
             self._publish(sequence)
@@ -214,15 +206,19 @@ class Scheduler:
         # All known tokens but the newest were fed or drafted, and so computed.
         sequence.num_computed = len(sequence.token_ids) - 1
         self._publish(sequence)
+        request, is_later = sequence.request, sequence.is_announced
         event = Decoded(
-            sequence_id=sequence.request.sequence_id,
+            sequence_id=request.sequence_id,
             token_ids=emitted,
             drafted=share.draft_length,
             kept=min(len(chosen) - 1, len(emitted)),
-            exit_layer=sequence.request.exit_layer,
+            exit_layer=request.exit_layer,
             finish_reason=reason,
-            queued_s=None if sequence.is_announced else sequence.queued_s,
-            num_cached_tokens=None if sequence.is_announced else sequence.num_cached_tokens,
+            queued_s=None if is_later else sequence.queued_s,
+            num_cached_tokens=None if is_later else sequence.num_cached_tokens,
+            logprobs=None if request.logprobs is None else list(reported.logprobs[: len(emitted)]),
+            prompt_logprobs=None if is_later or request.prompt_logprobs is None else sequence.prompt_logprobs,
+            drafted_ids=list(reported.drafted_ids) if request.traces_drafts else None,
         )
         sequence.is_announced = True
         if reason is not None:
@@ -231,6 +227,8 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, chosen: tuple[int, ...]) -> tuple[list[int], FinishReason | None]:
         """Commit chosen tokens up to the one that ends the sequence, if one does."""
+        if sequence.num_remaining <= 0:
+            return [], FinishReason.LENGTH
         for count, token_id in enumerate(chosen, start=1):
             sequence.token_ids.append(token_id)
             reason = sequence.ending()
@@ -256,34 +254,3 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._pool.block_size)
-
-    def _as_plan(self, shares: list[_Share]) -> Plan:
-        """Arrays for the cycle. A loop over rows on the host: rows' numbers live in Python objects."""
-        sequences = [share.sequence for share in shares]
-        fed = [
-            s.token_ids[s.num_computed : s.num_computed + share.num_fed]
-            for s, share in zip(sequences, shares, strict=True)
-        ]
-        width = max(len(s.block_ids) for s in sequences)
-        return Plan(
-            sequence_ids=tuple(s.request.sequence_id for s in sequences),
-            fed_N=np.array([token_id for ids in fed for token_id in ids], dtype=np.int64),
-            num_fed_B=np.array([share.num_fed for share in shares], dtype=np.int64),
-            num_computed_B=np.array([s.num_computed for s in sequences], dtype=np.int64),
-            draft_lengths_B=np.array([share.draft_length for share in shares], dtype=np.int64),
-            exit_layers_B=np.array([s.request.exit_layer for s in sequences], dtype=np.int64),
-            chooses_B=np.array(
-                [share.num_fed == s.num_pending for s, share in zip(sequences, shares, strict=True)]
-            ),
-            blocks_BW=np.array(
-                [s.block_ids + [0] * (width - len(s.block_ids)) for s in sequences], dtype=np.int64
-            ),
-            sampling=self._sampling_of(sequences),
-        )
-
-    def _sampling_of(self, sequences: list[Sequence]) -> Sampling:
-        """The rows' sampling columns, kept as long as the batch holds the same sequences in the same order."""
-        if self._sampling is None or self._sampling[0] != sequences:
-            params, seeds = [s.request.sampling for s in sequences], [s.request.seed for s in sequences]
-            self._sampling = (sequences, Sampling.of(params, seeds, self._device))
-        return self._sampling[1]

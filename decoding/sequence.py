@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from decoding.blocks import ROOT
-from decoding.messages import FinishReason, Generate
+from decoding.edits import Editor
+from decoding.messages import FinishReason, Generate, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
@@ -16,7 +17,8 @@ class Sequence:
     """Tokens known (prompt and committed ones) and how many of them have keys and values in every layer.
 
     Between steps a sequence that has started decoding has exactly one token pending: the last committed.
-    `chain` and `num_published` say how far its blocks are in the prefix cache.
+    `chain` and `num_published` say how far its blocks are in the prefix cache. `prompt_logprobs` gathers, chunk by
+    chunk, what the request asked for; the first event takes them along.
     """
 
     request: Generate
@@ -29,6 +31,8 @@ class Sequence:
     queued_s: float | None = None
     num_cached_tokens: int = 0
     is_announced: bool = False
+    editor: Editor | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -42,6 +46,12 @@ class Sequence:
     def num_new(self) -> int:
         """Tokens committed after the prompt."""
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def is_prompt_scored(self) -> bool:
+        """Whether no log-probability of a prompt token is wanting."""
+        wants = self.request.prompt_logprobs is not None
+        return not wants or len(self.prompt_logprobs) >= len(self.request.prompt_ids) - 1
 
     @property
     def num_remaining(self) -> int:

@@ -3,21 +3,47 @@
 Known tokens enter at layer 0, drafted positions at their row's exit layer with the hidden state that drafting
 left there, so that no layer runs twice on a token.
 
-Shapes: B rows, N tokens of a leg, M positions that choose, Q choices of a row, D model width, T cache positions.
+Shapes: B rows, N tokens of a leg, M positions that choose, Q choices of a row, D model width, V vocabulary,
+T cache positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.attention import GatherAttention
 from decoding.coupling import choose
 from decoding.drafting import Drafts
+from decoding.edits import apply_edits
+from decoding.logprobs import token_logprobs
+from decoding.messages import TokenLogprob
 from decoding.model import LlamaDecoder
-from decoding.plan import Plan
+from decoding.plan import Plan, PromptScoring
 from decoding.ragged import Ints
 from decoding.route import Route
+
+_SCORED_AT_ONCE: Final = 64
+"""Prompt positions whose logits are held together: a long prompt's would fill the memory."""
+
+Logprobs = Mapping[int, tuple[TokenLogprob, ...]]
+"""By row, of those that want them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The full model's choice after each of a row's 0 … γ drafts, int64 [B, Q], anything where a row has none; and
+    log-probabilities of the choices and of prompts.
+    """
+
+    choices_BQ: Tensor
+    logprobs: Logprobs
+    prompt_logprobs: Logprobs
 
 
 class Verifier:
@@ -27,25 +53,29 @@ class Verifier:
         self._model = model
         self._attention = attention
 
-    def choices(
+    def verify(
         self, plan: Plan, route: Route, slots_BT: Ints, fed_N: Tensor, drafts: Drafts | None
-    ) -> Tensor:
-        """The full model's choice after each of a row's 0 … γ drafts: int64 [B, Q], anything where a row has none.
-
-        Stores keys and values of all fed tokens and drafts in all layers.
-        """
+    ) -> Verified:
+        """Choose. Stores keys and values of all fed tokens and drafts in all layers."""
         hidden_ND = self._run(plan, route, slots_BT, fed_N, drafts)
+        prompt_logprobs = {
+            row: self._prompt_logprobs(hidden_ND[int(route.places.firsts_B[row]) :], wanted.prompt)
+            for row, wanted in enumerate(plan.wanted)
+            if wanted is not None and wanted.prompt is not None
+        }
         if route.choosing_M is not None:
             if len(route.choosing_M) == 0:
-                return fed_N.new_zeros(route.choices_BQ.shape)
+                return Verified(fed_N.new_zeros(route.choices_BQ.shape), {}, prompt_logprobs)
             hidden_ND = hidden_ND[route.choosing_M]
         computed_B = torch.from_numpy(plan.num_computed_B).to(hidden_ND.device)
+        logits_MV = self._model.logits(hidden_ND)
         chosen_M = choose(
-            self._model.logits(hidden_ND),
+            self._edited(plan, route, logits_MV, drafts),
             plan.sampling.take(route.rows_M),
             computed_B[route.rows_M] + route.ahead_M,
         )
-        return chosen_M[route.choices_BQ]
+        logprobs = self._choice_logprobs(plan, route, logits_MV, chosen_M)
+        return Verified(chosen_M[route.choices_BQ], logprobs, prompt_logprobs)
 
     def _run(self, plan: Plan, route: Route, slots_BT: Ints, fed_N: Tensor, drafts: Drafts | None) -> Tensor:
         """Hidden states after the last layer of every fed token and draft, in row order."""
@@ -59,3 +89,37 @@ class Verifier:
             queries = self._attention.queries(leg.arrangement, slots_BT, plan.num_computed_B)
             hidden_ND = self._model.run_layers(hidden_ND, leg.first, leg.last, queries)
         return hidden_ND
+
+    @staticmethod
+    def _edited(plan: Plan, route: Route, logits_MV: Tensor, drafts: Drafts | None) -> Tensor:
+        """Logits edited behind each choice's known ids and the drafts before it."""
+        if not any(plan.edited):
+            return logits_MV
+        places = route.places
+        edited = [plan.edited[row] for row in places.rows_M.tolist()]
+        before: list[list[Tensor]] = [[] for _ in edited]
+        if drafts is not None:
+            before = [
+                [drafts.ids_M[index] for index in places.drafts.index(row, np.arange(num_drafts)).tolist()]
+                for row, num_drafts in zip(places.rows_M, places.num_drafts_M.tolist(), strict=True)
+            ]
+        return apply_edits(logits_MV, edited, before)
+
+    @staticmethod
+    def _choice_logprobs(plan: Plan, route: Route, logits_MV: Tensor, chosen_M: Tensor) -> Logprobs:
+        found = {}
+        for row, wanted in enumerate(plan.wanted):
+            if wanted is not None and wanted.num_top is not None:
+                own = torch.from_numpy(np.flatnonzero(route.places.rows_M == row)).to(chosen_M.device)
+                found[row] = tuple(token_logprobs(logits_MV[own], chosen_M[own], num_top=wanted.num_top))
+        return found
+
+    def _prompt_logprobs(self, hidden_ND: Tensor, wanted: PromptScoring) -> tuple[TokenLogprob, ...]:
+        targets = torch.from_numpy(wanted.targets).to(hidden_ND.device)
+        found: list[TokenLogprob] = []
+        for start in range(0, len(targets), _SCORED_AT_ONCE):
+            ids = targets[start : start + _SCORED_AT_ONCE]
+            first = wanted.first + start
+            logits_NV = self._model.logits(hidden_ND[first : first + len(ids)])
+            found += token_logprobs(logits_NV, ids, num_top=wanted.num_top)
+        return tuple(found)

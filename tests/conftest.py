@@ -1,4 +1,4 @@
-"""Server processes that tests share, each started when first asked for."""
+"""Server processes and engines that tests share, each started when first asked for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.mixes import Lab, make_lab
 from tests.server_process import REAL, SCRIPTED, Server, running
 
 
@@ -23,3 +24,9 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(SCRIPTED, tmp_path_factory.mktemp("scripted"), "--max-n", "3") as fake:
         fake.wait_ready()
         yield fake
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """A tiny model in float64 and its oracle; every test takes a fresh engine from it."""
+    return make_lab(tmp_path_factory.mktemp("lab"))

@@ -7,12 +7,13 @@ its documented definition.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from decoding.messages import Generate, SamplingParams
+from decoding.messages import Generate, LogitEdits, SamplingParams
 from tests.tiny import load_reference
 
 MASK = 0xFFFFFFFF
@@ -68,21 +69,75 @@ def choose(logits_V: np.ndarray, params: SamplingParams, seed: int, position: in
     return int((processed(logits_V, params) + gumbel(seed, position, len(logits_V))).argmax())
 
 
+def edited(logits_V: np.ndarray, edits: LogitEdits, before: list[int], request: Generate) -> np.ndarray:
+    """The documented edits, one token at a time, in their order; no rule may leave nothing."""
+    logits = [float(value) for value in logits_V]
+    num_new = len(before) - len(request.prompt_ids)
+    for forbidden in _forbidden(edits, before, num_new, request.stop_token_ids, len(logits)):
+        kept = [-math.inf if i in forbidden else value for i, value in enumerate(logits)]
+        if max(kept) > -math.inf:
+            logits = kept
+    for token_id, bias in edits.logit_bias.items():
+        logits[token_id] += bias
+    new = before[len(request.prompt_ids) :]
+    for token_id in range(len(logits)):
+        if token_id in before:
+            factor = edits.repetition_penalty
+            logits[token_id] = (
+                logits[token_id] / factor if logits[token_id] > 0 else logits[token_id] * factor
+            )
+        logits[token_id] -= edits.frequency_penalty * new.count(token_id)
+        logits[token_id] -= edits.presence_penalty * (token_id in new)
+    return np.array(logits)
+
+
+def _forbidden(
+    edits: LogitEdits, before: list[int], num_new: int, stops: list[int], vocab_size: int
+) -> Iterator[set[int]]:
+    if edits.allowed_token_ids:
+        yield set(range(vocab_size)) - set(edits.allowed_token_ids)
+    for *others, last in edits.bad_words:
+        if not others or before[-len(others) :] == others:
+            yield {last}
+    if num_new < edits.min_tokens:
+        yield set(stops)
+
+
+def log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    shifted = logits_V - logits_V.max()
+    return shifted - math.log(sum(math.exp(value) for value in shifted))
+
+
 class NaiveDecoder:
     """transformers on the same weights in float64, one row, one token at a time, every layer."""
 
     def __init__(self, folder: Path) -> None:
         self._model = load_reference(folder, torch.float64)
 
-    @torch.inference_mode()
     def decode(self, request: Generate) -> list[int]:
+        return self.decode_with_logprobs(request)[0]
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, prompt_ids: list[int]) -> list[np.ndarray]:
+        """Log-probabilities over the vocabulary of what follows each prompt token but the last."""
+        logits_TV = self._model(torch.tensor([prompt_ids])).logits[0].numpy()
+        return [log_softmax(logits_V) for logits_V in logits_TV[:-1]]
+
+    @torch.inference_mode()
+    def decode_with_logprobs(self, request: Generate) -> tuple[list[int], list[np.ndarray]]:
+        """The tokens, and beside each the model's own log-probabilities over the vocabulary."""
         known = list(request.prompt_ids)
+        logprobs = []
         fed, cache = known, None
         while len(known) - len(request.prompt_ids) < request.max_new_tokens:
             output = self._model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            known.append(choose(output.logits[0, -1].numpy(), request.sampling, request.seed, len(known)))
+            logits_V = output.logits[0, -1].numpy()
+            logprobs.append(log_softmax(logits_V))
+            if request.sampling.edits is not None:
+                logits_V = edited(logits_V, request.sampling.edits, known, request)
+            known.append(choose(logits_V, request.sampling, request.seed, len(known)))
             fed = known[-1:]
             if known[-1] in request.stop_token_ids:
                 break
-        return known[len(request.prompt_ids) :]
+        return known[len(request.prompt_ids) :], logprobs

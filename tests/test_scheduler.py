@@ -22,7 +22,9 @@ def request(sequence_id: int, *, prompt: int = 4, new: int = 1000, draft_length:
 
 def refused(plan: Plan) -> Result:
     """A result in which every row that chooses gets one token and no draft stands."""
-    return Result(tuple((7,) if chooses else () for chooses in plan.chooses_B), 0.0, 0.0)
+    return Result(
+        tuple((7,) if chooses else () for chooses in plan.chooses_B), (None,) * plan.num_rows, 0.0, 0.0
+    )
 
 
 def step(under_test: Scheduler) -> Plan:

@@ -1,0 +1,104 @@
+"""Writes plans: what the scheduler decided for each sequence, as arrays for the cycle.
+
+Knows sequences and shares of a step; decides nothing and changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from decoding.edits import Edited, Editor
+from decoding.logits import Sampling
+from decoding.messages import Generate
+from decoding.plan import Plan, PromptScoring, Wanted
+from decoding.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A sequence's part of the next step: known tokens to feed, and drafts on top."""
+
+    sequence: Sequence
+    num_fed: int
+    draft_length: int = 0
+
+
+class Plans:
+    """Writes plans for one device, and keeps what consecutive steps of the same rows share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sampling: tuple[list[Sequence], Sampling] | None = None
+
+    def editor(self, request: Generate) -> Editor | None:
+        """The edits of a request, ready for the device; None where it asks for none."""
+        if request.sampling.edits is None:
+            return None
+        return Editor.of(
+            request.sampling.edits,
+            num_prompt_tokens=len(request.prompt_ids),
+            stop_token_ids=request.stop_token_ids,
+            device=self._device,
+        )
+
+    def of(self, shares: list[Share]) -> Plan:
+        """The plan of these shares, in their order. A loop over rows on the host: their numbers are Python's."""
+        sequences = [share.sequence for share in shares]
+        fed = [
+            s.token_ids[s.num_computed : s.num_computed + share.num_fed]
+            for s, share in zip(sequences, shares, strict=True)
+        ]
+        width = max(len(s.block_ids) for s in sequences)
+        return Plan(
+            sequence_ids=tuple(s.request.sequence_id for s in sequences),
+            fed_N=np.array([token_id for ids in fed for token_id in ids], dtype=np.int64),
+            num_fed_B=np.array([share.num_fed for share in shares], dtype=np.int64),
+            num_computed_B=np.array([s.num_computed for s in sequences], dtype=np.int64),
+            draft_lengths_B=np.array([share.draft_length for share in shares], dtype=np.int64),
+            exit_layers_B=np.array([s.request.exit_layer for s in sequences], dtype=np.int64),
+            chooses_B=np.array(
+                [share.num_fed == s.num_pending for s, share in zip(sequences, shares, strict=True)]
+            ),
+            blocks_BW=np.array(
+                [s.block_ids + [0] * (width - len(s.block_ids)) for s in sequences], dtype=np.int64
+            ),
+            sampling=self._sampling_of(sequences),
+            edited=tuple(map(self._edited, sequences)),
+            wanted=tuple(map(_wanted, shares)),
+        )
+
+    def _sampling_of(self, sequences: list[Sequence]) -> Sampling:
+        """The rows' sampling columns, kept as long as the batch holds the same sequences in the same order."""
+        if self._sampling is None or self._sampling[0] != sequences:
+            params, seeds = [s.request.sampling for s in sequences], [s.request.seed for s in sequences]
+            self._sampling = (sequences, Sampling.of(params, seeds, self._device))
+        return self._sampling[1]
+
+    def _edited(self, sequence: Sequence) -> Edited | None:
+        if sequence.editor is None:
+            return None
+        known = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self._device)
+        return Edited(sequence.editor, known)
+
+
+def _wanted(share: Share) -> Wanted | None:
+    request = share.sequence.request
+    if request.logprobs is None and request.prompt_logprobs is None and not request.traces_drafts:
+        return None
+    return Wanted(num_top=request.logprobs, prompt=_prompt_scoring(share), drafts=request.traces_drafts)
+
+
+def _prompt_scoring(share: Share) -> PromptScoring | None:
+    """The fed prompt tokens whose successors are prompt tokens too and not scored yet."""
+    sequence, request = share.sequence, share.sequence.request
+    if request.prompt_logprobs is None:
+        return None
+    start = max(sequence.num_computed, len(sequence.prompt_logprobs))
+    end = min(sequence.num_computed + share.num_fed, len(request.prompt_ids) - 1)
+    if start >= end:
+        return None
+    targets = np.array(request.prompt_ids[start + 1 : end + 1], dtype=np.int64)
+    return PromptScoring(start - sequence.num_computed, targets, request.prompt_logprobs)
