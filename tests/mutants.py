@@ -84,10 +84,24 @@ MUTANTS = (
         TRANSPARENT,
     ),
     Mutant(
+        "a draft is edited behind the drafts of its cycle",
+        "decoding/drafting.py",
+        "for step_P in ids]",
+        "for step_P in ids[:-1]]",
+        TRANSPARENT,
+    ),
+    Mutant(
+        "a choice is edited behind the drafts before it",
+        "decoding/verification.py",
+        "np.arange(num_drafts)",
+        "np.arange(max(0, num_drafts - 1))",
+        MIXES,
+    ),
+    Mutant(
         "the last prompt token is always computed",
         "decoding/scheduler.py",
-        "find_prefix(known, max_tokens=len(known) - 1)",
-        "find_prefix(known, max_tokens=len(known))",
+        "max_tokens = len(known) - 1 if",
+        "max_tokens = len(known) if",
         f"{EXACTNESS}::test_a_cached_prompt_still_computes_its_last_token",
     ),
 )

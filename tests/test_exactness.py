@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from config.settings import EngineSettings
 from decoding.engine import Engine
-from decoding.messages import SamplingParams
+from decoding.messages import LogitEdits, SamplingParams
 from tests.mixes import NUM_LAYERS, VOCAB, Lab, check_mixes, one_request
 from tests.tiny import make_checkpoint
 
@@ -59,9 +61,13 @@ def test_a_cached_prompt_still_computes_its_last_token(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.2])
-@pytest.mark.parametrize("filters", [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}])
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.1}, {"edits": LogitEdits(frequency_penalty=3.0)}],
+    ids=["plain", "top_k", "top_p", "min_p", "frequency_penalty"],
+)
 def test_drafts_of_a_model_whose_later_layers_add_nothing_are_all_kept(
-    tmp_path_factory: pytest.TempPathFactory, temperature: float, filters: dict[str, float]
+    tmp_path_factory: pytest.TempPathFactory, temperature: float, filters: dict[str, Any]
 ) -> None:
     """Draft and full model then have the same logits, so the same noise and processors must choose alike."""
     folder = make_checkpoint(
