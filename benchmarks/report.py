@@ -179,7 +179,7 @@ def _blocks(found: Findings) -> list[str]:
     ]
     if not rows:
         return blocks
-    return [*blocks, f"{label}: checks\n{_aligned(['ratio', 'value', 'target', ''], rows)}"]
+    return [*blocks, f"{label}: checks\n{aligned(['ratio', 'value', 'target', ''], rows)}"]
 
 
 def _table(lines: Sequence[Line]) -> str:
@@ -192,7 +192,7 @@ def _table(lines: Sequence[Line]) -> str:
         "meas/pred",
         "tokens/cycle",
     ]
-    return _aligned(
+    return aligned(
         [*head, "kept", "draft ms", "verify ms", "host", "prefill"], [_cells(line) for line in lines]
     )
 
@@ -217,7 +217,8 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text: the first column to the left, all others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -233,7 +234,7 @@ def _agreement_text(agreement: Agreement) -> str:
         [label, str(t.num_texts), str(t.num_tokens), str(t.num_different)]
         for label, t in agreement.tallies.items()
     ]
-    table = _aligned(["texts against ours γ=0 alone", "texts", "tokens", "different"], rows)
+    table = aligned(["texts against ours γ=0 alone", "texts", "tokens", "different"], rows)
     partings = [
         f"  {p.contender}, T={p.temperature:g}, batch {p.num_rows}: prompt {p.prompt} at token {p.position}"
         for p in agreement.partings

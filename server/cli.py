@@ -20,6 +20,7 @@ from config.settings import Settings, default_text, flag_name, refuse_unknown, v
 from training.commands.convert import convert
 from training.commands.heal import heal
 from training.commands.inspect import inspect as inspect_layers
+from training.commands.sweep import sweep
 from training.commands.train import train
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def serve(context: typer.Context, **values: str | None) -> None:
     raise typer.Exit(run(chosen_settings(context.args, values), load=load_engine))
 
 
-for _command in (train, heal, convert):
+for _command in (train, heal, convert, sweep):
     app.command()(_command)
 app.command("inspect")(inspect_layers)
 

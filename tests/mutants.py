@@ -14,7 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("config", "decoding", "server", "tests", "benchmarks", "docker", "pyproject.toml", "README.md")
+COPIED = (
+    "config",
+    "decoding",
+    "training",
+    "server",
+    "tests",
+    "benchmarks",
+    "docker",
+    "pyproject.toml",
+    "README.md",
+)
 EXACTNESS = "tests/test_exactness.py"
 MIXES = f"{EXACTNESS}::test_random_mixes_equal_naive_decoding"
 TRANSPARENT = f"{EXACTNESS}::test_drafts_of_a_model_whose_later_layers_add_nothing_are_all_kept"
