@@ -15,7 +15,7 @@ from torch import Tensor
 
 from decoding.acceptance import num_kept
 from decoding.attention import GatherAttention
-from decoding.drafting import Drafts, EarlyExitDrafter
+from decoding.drafting import EarlyExitDrafter
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan, Reported, Result
 from decoding.ragged import Ints
@@ -47,50 +47,50 @@ class Cycle:
         route = self._routes.of(plan)
         slots_BT = self._slots(plan.blocks_BW)
         fed_N = torch.from_numpy(plan.fed_N).to(self._device)
-        drafts = None
+        ids_N, exits_MD = fed_N, None
         if route.draft_steps:
             drafts = self._drafter.draft(plan, route, slots_BT, fed_N[route.last_fed_B])
+            ids_N, exits_MD = torch.cat((fed_N, drafts.ids_M)), drafts.exits_MD
         drafted = self._clock()
-        verified = self._verifier.verify(plan, route, slots_BT, fed_N, drafts)
-        chosen = self._keep(plan, route, drafts, verified.choices_BQ)
-        reported = self._report(plan, route, drafts, verified, chosen)
+        verified = self._verifier.verify(plan, route, slots_BT, ids_N, exits_MD)
+        chosen = self._keep(plan, route, ids_N, verified.choices_BQ)
+        reported = self._report(plan, route, ids_N, verified, chosen)
         verify_s = self._clock() - drafted
         return Result(chosen=chosen, reported=reported, draft_s=drafted - started, verify_s=verify_s)
 
     @staticmethod
-    def _report(
-        plan: Plan, route: Route, drafts: Drafts | None, verified: Verified, chosen: Chosen
-    ) -> tuple[Reported | None, ...]:
-        if not any(plan.wanted):
-            return (None,) * plan.num_rows
-        # Copies of their own, which only steps with such rows pay for.
-        ids_M = [] if drafts is None else drafts.ids_M.tolist()
-        reported: list[Reported | None] = []
-        for row, (wanted, own) in enumerate(zip(plan.wanted, chosen, strict=True)):
-            drafted: list[int] = []
-            if wanted is not None and wanted.drafts:
-                steps = np.arange(plan.draft_lengths_B[row])
-                drafted = [ids_M[index] for index in route.places.drafts.index(np.array(row), steps).tolist()]
-            report = Reported(
-                logprobs=verified.logprobs.get(row, ())[: len(own)],
-                prompt_logprobs=verified.prompt_logprobs.get(row, ()),
-                drafted_ids=tuple(drafted),
-            )
-            reported.append(None if wanted is None else report)
-        return tuple(reported)
-
-    @staticmethod
-    def _keep(plan: Plan, route: Route, drafts: Drafts | None, choices_BQ: Tensor) -> Chosen:
-        if drafts is None:
-            kept_B = torch.zeros_like(route.draft_lengths_B)
-        else:
-            kept_B = num_kept(drafts.ids_M[route.drafts_BK], choices_BQ, route.draft_lengths_B)
+    def _keep(plan: Plan, route: Route, ids_N: Tensor, choices_BQ: Tensor) -> Chosen:
+        kept_B = num_kept(ids_N[route.drafts_BK], choices_BQ, route.num_drafts_B)
         # The step's one copy from the device.
         rows = torch.cat((kept_B[:, None], choices_BQ), dim=1).tolist()
         return tuple(
             tuple(choices[: kept + 1]) if chooses else ()
             for (kept, *choices), chooses in zip(rows, plan.chooses_B.tolist(), strict=True)
         )
+
+    @staticmethod
+    def _report(
+        plan: Plan, route: Route, ids_N: Tensor, verified: Verified, chosen: Chosen
+    ) -> tuple[Reported | None, ...]:
+        if not any(plan.wanted):
+            return (None,) * plan.num_rows
+        # A copy of its own, which only steps with such rows pay for.
+        ids = ids_N.tolist()
+        places, num_drafts_B = route.places, plan.num_drafts_B
+        reported: list[Reported | None] = []
+        for row, (wanted, own) in enumerate(zip(plan.wanted, chosen, strict=True)):
+            if wanted is None:
+                reported.append(None)
+                continue
+            drafts = places.drafts_BK[row, : num_drafts_B[row]].tolist() if wanted.drafts else []
+            reported.append(
+                Reported(
+                    logprobs=verified.logprobs.get(row, ())[: len(own)],
+                    prompt_logprobs=verified.prompt_logprobs.get(row, ()),
+                    drafted_ids=tuple(ids[index] for index in drafts),
+                )
+            )
+        return tuple(reported)
 
     def _slots(self, blocks_BW: Ints) -> Ints:
         return (blocks_BW[:, :, None] * len(self._offsets) + self._offsets).reshape(len(blocks_BW), -1)

@@ -21,6 +21,17 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
+class Drafter(StrEnum):
+    """Who proposes drafts: the model's own early exit, a look at what the sequence already holds, that look
+    first and early exit where it finds nothing, or nobody.
+    """
+
+    EARLY_EXIT = "early_exit"
+    LOOKUP = "lookup"
+    HYBRID = "hybrid"
+    NONE = "none"
+
+
 class LogitEdits(msgspec.Struct, frozen=True):
     """What is done to logits before temperature and filters, in the order of these fields; see `decoding.edits`.
 
@@ -72,6 +83,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     stop_token_ids: list[int]
     exit_layer: int
     draft_length: int
+    drafter: Drafter = Drafter.EARLY_EXIT
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     traces_drafts: bool = False
@@ -103,7 +115,8 @@ class Decoded(msgspec.Struct, frozen=True):
     """What one cycle gave one sequence.
 
     `token_ids` are new and in order; a stop token that ended the sequence is the last of them. `drafted`
-    and `kept` count this cycle's drafts of this sequence at `exit_layer`. `finish_reason` is set on the
+    and `kept` count this cycle's drafts of this sequence, made by `drafter`; drafts by early exit were made at
+    `exit_layer`. `finish_reason` is set on the
     sequence's last event and only there. `queued_s` and `num_cached_tokens` (prompt tokens whose KV came
     from the prefix cache) are set on its first event and only there.
 
@@ -117,6 +130,7 @@ class Decoded(msgspec.Struct, frozen=True):
     drafted: int
     kept: int
     exit_layer: int
+    drafter: Drafter = Drafter.EARLY_EXIT
     finish_reason: FinishReason | None = None
     queued_s: float | None = None
     num_cached_tokens: int | None = None

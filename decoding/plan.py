@@ -51,7 +51,8 @@ class Plan:
     """One step for B rows. Row b is fed `num_fed_B[b]` ≥ 1 known tokens from position `num_computed_B[b]` on.
 
     A row whose known tokens are all fed `chooses` its next token; the others are chunks of a longer prompt.
-    A row with one token pending may draft: `draft_lengths_B[b]` tokens at `exit_layers_B[b]`; draft length 0
+    The last `num_looked_up_B[b]` of the fed are not known but drafts that were looked up; they run from layer
+    0 on. A row with one token pending may draft: `draft_lengths_B[b]` tokens at `exit_layers_B[b]`; draft length 0
     is plain decoding. Rows come in the order of falling draft lengths. `edited` and `wanted` are None for rows
     that asked for nothing.
     """
@@ -59,6 +60,7 @@ class Plan:
     sequence_ids: tuple[int, ...]
     fed_N: Ints
     num_fed_B: Ints
+    num_looked_up_B: Ints
     num_computed_B: Ints
     draft_lengths_B: Ints
     exit_layers_B: Ints
@@ -67,6 +69,12 @@ class Plan:
     sampling: Sampling
     edited: tuple[Edited | None, ...]
     wanted: tuple[Wanted | None, ...]
+
+    @property
+    def num_drafts_B(self) -> Ints:
+        """Drafts of each row, whoever made them."""
+        num_drafts_B: Ints = self.draft_lengths_B + self.num_looked_up_B
+        return num_drafts_B
 
     @property
     def num_rows(self) -> int:

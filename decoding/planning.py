@@ -12,18 +12,31 @@ import torch
 
 from decoding.edits import Edited, Editor
 from decoding.logits import Sampling
-from decoding.messages import Generate
+from decoding.messages import Drafter, Generate
 from decoding.plan import Plan, PromptScoring, Wanted
 from decoding.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A sequence's part of the next step: known tokens to feed, and drafts on top."""
+    """A sequence's part of the next step: known tokens to feed, and drafts on top, looked up or to be made."""
 
     sequence: Sequence
     num_fed: int
     draft_length: int = 0
+    looked_up: tuple[int, ...] = ()
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of either kind; never of both."""
+        return self.draft_length + len(self.looked_up)
+
+    @property
+    def drafter(self) -> Drafter:
+        """Who made them."""
+        if self.draft_length:
+            return Drafter.EARLY_EXIT
+        return Drafter.LOOKUP if self.looked_up else Drafter.NONE
 
 
 class Plans:
@@ -48,14 +61,15 @@ class Plans:
         """The plan of these shares, in their order. A loop over rows on the host: their numbers are Python's."""
         sequences = [share.sequence for share in shares]
         fed = [
-            s.token_ids[s.num_computed : s.num_computed + share.num_fed]
+            [*s.token_ids[s.num_computed : s.num_computed + share.num_fed], *share.looked_up]
             for s, share in zip(sequences, shares, strict=True)
         ]
         width = max(len(s.block_ids) for s in sequences)
         return Plan(
             sequence_ids=tuple(s.request.sequence_id for s in sequences),
             fed_N=np.array([token_id for ids in fed for token_id in ids], dtype=np.int64),
-            num_fed_B=np.array([share.num_fed for share in shares], dtype=np.int64),
+            num_fed_B=np.array(list(map(len, fed)), dtype=np.int64),
+            num_looked_up_B=np.array([len(share.looked_up) for share in shares], dtype=np.int64),
             num_computed_B=np.array([s.num_computed for s in sequences], dtype=np.int64),
             draft_lengths_B=np.array([share.draft_length for share in shares], dtype=np.int64),
             exit_layers_B=np.array([s.request.exit_layer for s in sequences], dtype=np.int64),

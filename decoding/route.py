@@ -57,28 +57,17 @@ class VerifyLeg:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftList:
-    """Where each draft lies in the list of all: row b's i-th at `firsts_K[i] + b`."""
-
-    firsts_K: Ints
-
-    def index(self, rows: Ints, steps: Ints) -> Ints:
-        """Where the `steps`-th drafts of `rows` lie."""
-        return self.firsts_K[steps] + rows
-
-
-@dataclass(frozen=True, slots=True)
 class Places:
     """Where things lie, for the host, which looks after rows that ask for more than tokens.
 
     `firsts_B` is each row's first token in the last leg; choice m is row `rows_M[m]`'s, after `num_drafts_M[m]`
-    of its drafts.
+    of its drafts; `drafts_BK` as in the route.
     """
 
     firsts_B: Ints
     rows_M: Ints
     num_drafts_M: Ints
-    drafts: DraftList
+    drafts_BK: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +76,8 @@ class Route:
 
     Drafts of all rows lie step after step in one list. `last_fed_B` picks each row's last fed id; `choosing_M` the
     tokens of the last leg that choose (None: all), of rows `rows_M`, `ahead_M` positions after the row's first
-    computed one; `choices_BQ` and `drafts_BK` pick each row's choices and drafts, anything past its own.
+    computed one; `choices_BQ` picks each row's choices and `drafts_BK`, from fed ids and drafted ids, its drafts,
+    anything past its own.
     """
 
     places: Places
@@ -99,7 +89,7 @@ class Route:
     ahead_M: Tensor
     choices_BQ: Tensor
     drafts_BK: Tensor
-    draft_lengths_B: Tensor
+    num_drafts_B: Tensor
 
 
 class Routes:
@@ -114,7 +104,14 @@ class Routes:
     def of(self, plan: Plan) -> Route:
         """The route of this plan."""
         classes_B = context_classes(plan.num_computed_B + plan.num_fed_B + plan.draft_lengths_B)
-        arrays = (plan.num_fed_B, plan.draft_lengths_B, plan.exit_layers_B, plan.chooses_B, classes_B)
+        arrays = (
+            plan.num_fed_B,
+            plan.num_looked_up_B,
+            plan.draft_lengths_B,
+            plan.exit_layers_B,
+            plan.chooses_B,
+            classes_B,
+        )
         shape = tuple(array.tobytes() for array in arrays)
         if self._latest is None or self._latest[0] != shape:
             self._latest = (shape, self._make(plan, classes_B))
@@ -123,22 +120,23 @@ class Routes:
     def _make(self, plan: Plan, classes_B: Ints) -> Route:
         lengths_B = plan.draft_lengths_B
         num_drafting_K = (lengths_B > np.arange(lengths_B[0])[:, None]).sum(1)
-        drafts = DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
+        drafts = _DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
         whole = Ragged.of(plan.num_fed_B + lengths_B)
         # A row chooses after its last known token and after each of its drafts.
-        is_choice_N = plan.chooses_B[whole.rows_N] & (whole.steps_N >= plan.num_fed_B[whole.rows_N] - 1)
+        last_known_B = plan.num_fed_B - plan.num_looked_up_B - 1
+        is_choice_N = plan.chooses_B[whole.rows_N] & (whole.steps_N >= last_known_B[whole.rows_N])
+        num_drafts_B = plan.num_drafts_B
+        columns_Q = np.arange(num_drafts_B.max() + 1)
         choosing_M = np.flatnonzero(is_choice_N)
         num_choices_B = np.bincount(whole.rows_N[choosing_M], minlength=len(lengths_B))
-        columns_K = np.arange(lengths_B[0])
-        columns_Q = np.arange(lengths_B[0] + 1)
         choices_BQ = (np.cumsum(num_choices_B) - num_choices_B)[:, None] + columns_Q
-        drafts_BK = drafts.index(np.arange(len(lengths_B))[:, None], columns_K)
+        drafts_BK = _drafted(plan, drafts)
         return Route(
             places=Places(
                 firsts_B=whole.firsts_B,
                 rows_M=whole.rows_N[choosing_M],
-                num_drafts_M=(whole.steps_N - (plan.num_fed_B - 1)[whole.rows_N])[choosing_M],
-                drafts=drafts,
+                num_drafts_M=(whole.steps_N - last_known_B[whole.rows_N])[choosing_M],
+                drafts_BK=drafts_BK,
             ),
             last_fed_B=self._on_device(np.cumsum(plan.num_fed_B) - 1),
             draft_steps=self._draft_steps(plan, classes_B, num_drafting_K),
@@ -147,8 +145,8 @@ class Routes:
             rows_M=self._on_device(whole.rows_N[choosing_M]),
             ahead_M=self._on_device(whole.steps_N[choosing_M] + 1),
             choices_BQ=self._on_device(np.where(columns_Q < num_choices_B[:, None], choices_BQ, 0)),
-            drafts_BK=self._on_device(np.where(columns_K < lengths_B[:, None], drafts_BK, 0)),
-            draft_lengths_B=self._on_device(lengths_B),
+            drafts_BK=self._on_device(drafts_BK),
+            num_drafts_B=self._on_device(num_drafts_B),
         )
 
     def _draft_steps(self, plan: Plan, classes_B: Ints, num_drafting_K: Ints) -> tuple[DraftStep, ...]:
@@ -175,7 +173,7 @@ class Routes:
             back_P=None if is_uniform else self._on_device(np.argsort(order_P)),
         )
 
-    def _verify_legs(self, plan: Plan, classes_B: Ints, drafts: DraftList) -> tuple[VerifyLeg, ...]:
+    def _verify_legs(self, plan: Plan, classes_B: Ints, drafts: _DraftList) -> tuple[VerifyLeg, ...]:
         joins = np.unique(plan.exit_layers_B[plan.draft_lengths_B > 0]).tolist()
         legs: list[VerifyLeg] = []
         before: Ragged | None = None
@@ -193,6 +191,16 @@ class Routes:
         return torch.from_numpy(array).to(self._device)
 
 
+@dataclass(frozen=True, slots=True)
+class _DraftList:
+    """Where each draft lies in the list of all: row b's i-th at `firsts_K[i] + b`."""
+
+    firsts_K: Ints
+
+    def index(self, rows: Ints, steps: Ints) -> Ints:
+        return self.firsts_K[steps] + rows
+
+
 def _standing(plan: Plan, layer: int) -> Ragged:
     """Which tokens run in `layer`: below its exit layer a drafting row still lacks all but its last draft."""
     is_early_B = (plan.draft_lengths_B > 0) & (plan.exit_layers_B > layer)
@@ -200,7 +208,21 @@ def _standing(plan: Plan, layer: int) -> Ragged:
     return Ragged.of(np.where(is_early_B, 1, whole_B), np.where(is_early_B, whole_B - 1, 0))
 
 
-def _entering(plan: Plan, standing: Ragged, drafts: DraftList) -> Ints:
+def _drafted(plan: Plan, drafts: _DraftList) -> Ints:
+    """Where each row's drafts lie, [B, K]: an index into fed ids, then drafted ids; 0 past a row's own."""
+    columns_K = np.arange(plan.num_drafts_B.max())
+    is_made_BK = columns_K < plan.draft_lengths_B[:, None]
+    is_looked_up_BK = columns_K < plan.num_looked_up_B[:, None]
+    index_BK: Ints = np.zeros(is_made_BK.shape, dtype=np.int64)
+    index_BK[is_made_BK] = plan.num_fed_B.sum() + drafts.index(*is_made_BK.nonzero())
+    # Looked-up drafts are the last of the row's fed ids.
+    firsts_B = np.cumsum(plan.num_fed_B) - plan.num_looked_up_B
+    rows, steps = is_looked_up_BK.nonzero()
+    index_BK[is_looked_up_BK] = firsts_B[rows] + steps
+    return index_BK
+
+
+def _entering(plan: Plan, standing: Ragged, drafts: _DraftList) -> Ints:
     """Fed tokens, and the last draft of each drafting row: an index into fed ids, then drafted ids."""
     rows_N, steps_N = standing.rows_N, standing.steps_N
     is_draft_N = plan.draft_lengths_B[rows_N] > 0
@@ -209,7 +231,7 @@ def _entering(plan: Plan, standing: Ragged, drafts: DraftList) -> Ints:
     return index_N
 
 
-def _joining(before: Ragged, after: Ragged, drafts: DraftList) -> Ints:
+def _joining(before: Ragged, after: Ragged, drafts: _DraftList) -> Ints:
     """The tokens of the leg before, and the exit hiddens of the rows whose exit layer this is, in their places."""
     rows_N, steps_N = after.rows_N, after.steps_N
     joins_N = steps_N < before.skipped_B[rows_N]

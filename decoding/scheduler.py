@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from decoding.blocks import BlockPool, PrefixHit, num_publishable
-from decoding.messages import Decoded, FinishReason, Generate, Load
+from decoding.lookup import NgramIndex
+from decoding.messages import Decoded, Drafter, FinishReason, Generate, Load
 from decoding.plan import Plan, Reported, Result
 from decoding.planning import Plans, Share
 from decoding.sequence import Sequence
@@ -54,7 +55,15 @@ class Scheduler:
 
     def submit(self, request: Generate) -> None:
         """Queue a request. Its prompt and new tokens together must fit the pool; the caller has checked."""
-        self._waiting.append(Sequence(request, self._clock(), editor=self._plans.editor(request)))
+        looks_up = request.drafter in (Drafter.LOOKUP, Drafter.HYBRID)
+        self._waiting.append(
+            Sequence(
+                request,
+                self._clock(),
+                editor=self._plans.editor(request),
+                ngrams=NgramIndex() if looks_up else None,
+            )
+        )
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
         """Drop these sequences and free their blocks at once; unknown ids are ignored.
@@ -144,12 +153,19 @@ class Scheduler:
         """Spend what budget and blocks are left on drafts, oldest rows first: nobody waits for drafts."""
         drafting = []
         for share in shares:
-            sequence = share.sequence
-            wanted = min(sequence.request.draft_length, sequence.num_remaining - 1, budget)
-            can_draft = sequence.num_pending == 1 and wanted > 0 and self._extend(sequence, 1 + wanted)
-            drafting.append(replace(share, draft_length=wanted) if can_draft else share)
-            budget -= drafting[-1].draft_length
+            wanted = min(share.sequence.request.draft_length, share.sequence.num_remaining - 1, budget)
+            can_draft = share.sequence.num_pending == 1 and wanted > 0
+            drafting.append(self._with_drafts(share, wanted) if can_draft else share)
+            budget -= drafting[-1].num_drafts
         return drafting
+
+    def _with_drafts(self, share: Share, wanted: int) -> Share:
+        """The share with up to `wanted` drafts of the kind its request asks for, as far as blocks allow."""
+        sequence, drafter = share.sequence, share.sequence.request.drafter
+        looked_up = sequence.ngrams.propose(sequence.token_ids, wanted) if sequence.ngrams else ()
+        exits_early = not looked_up and drafter in (Drafter.EARLY_EXIT, Drafter.HYBRID)
+        drafting = replace(share, looked_up=looked_up, draft_length=wanted if exits_early else 0)
+        return drafting if self._extend(sequence, 1 + drafting.num_drafts) else share
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocate what `num_tokens` more computed positions need, or nothing and False."""
@@ -210,9 +226,10 @@ class Scheduler:
         event = Decoded(
             sequence_id=request.sequence_id,
             token_ids=emitted,
-            drafted=share.draft_length,
+            drafted=share.num_drafts,
             kept=min(len(chosen) - 1, len(emitted)),
             exit_layer=request.exit_layer,
+            drafter=share.drafter,
             finish_reason=reason,
             queued_s=None if is_later else sequence.queued_s,
             num_cached_tokens=None if is_later else sequence.num_cached_tokens,

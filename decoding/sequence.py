@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from decoding.blocks import ROOT
 from decoding.edits import Editor
+from decoding.lookup import NgramIndex
 from decoding.messages import FinishReason, Generate, TokenLogprob
 
 
@@ -18,7 +19,8 @@ class Sequence:
 
     Between steps a sequence that has started decoding has exactly one token pending: the last committed.
     `chain` and `num_published` say how far its blocks are in the prefix cache. `prompt_logprobs` gathers, chunk by
-    chunk, what the request asked for; the first event takes them along.
+    chunk, what the request asked for; the first event takes them along. `ngrams` is there where drafts are
+    looked up.
     """
 
     request: Generate
@@ -32,6 +34,7 @@ class Sequence:
     num_cached_tokens: int = 0
     is_announced: bool = False
     editor: Editor | None = None
+    ngrams: NgramIndex | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from decoding.attention import GatherAttention
 from decoding.coupling import choose
-from decoding.drafting import Drafts
 from decoding.edits import apply_edits
 from decoding.logprobs import token_logprobs
 from decoding.messages import TokenLogprob
@@ -54,10 +53,13 @@ class Verifier:
         self._attention = attention
 
     def verify(
-        self, plan: Plan, route: Route, slots_BT: Ints, fed_N: Tensor, drafts: Drafts | None
+        self, plan: Plan, route: Route, slots_BT: Ints, ids_N: Tensor, exits_MD: Tensor | None
     ) -> Verified:
-        """Choose. Stores keys and values of all fed tokens and drafts in all layers."""
-        hidden_ND = self._run(plan, route, slots_BT, fed_N, drafts)
+        """Choose. `ids_N` are the fed ids, then those of early-exit drafts, whose exit hiddens are `exits_MD`.
+
+        Stores keys and values of all fed tokens and drafts in all layers.
+        """
+        hidden_ND = self._run(plan, route, slots_BT, ids_N, exits_MD)
         prompt_logprobs = {
             row: self._prompt_logprobs(hidden_ND[int(route.places.firsts_B[row]) :], wanted.prompt)
             for row, wanted in enumerate(plan.wanted)
@@ -65,44 +67,43 @@ class Verifier:
         }
         if route.choosing_M is not None:
             if len(route.choosing_M) == 0:
-                return Verified(fed_N.new_zeros(route.choices_BQ.shape), {}, prompt_logprobs)
+                return Verified(ids_N.new_zeros(route.choices_BQ.shape), {}, prompt_logprobs)
             hidden_ND = hidden_ND[route.choosing_M]
         computed_B = torch.from_numpy(plan.num_computed_B).to(hidden_ND.device)
         logits_MV = self._model.logits(hidden_ND)
         chosen_M = choose(
-            self._edited(plan, route, logits_MV, drafts),
+            self._edited(plan, route, logits_MV, ids_N),
             plan.sampling.take(route.rows_M),
             computed_B[route.rows_M] + route.ahead_M,
         )
         logprobs = self._choice_logprobs(plan, route, logits_MV, chosen_M)
         return Verified(chosen_M[route.choices_BQ], logprobs, prompt_logprobs)
 
-    def _run(self, plan: Plan, route: Route, slots_BT: Ints, fed_N: Tensor, drafts: Drafts | None) -> Tensor:
+    def _run(
+        self, plan: Plan, route: Route, slots_BT: Ints, ids_N: Tensor, exits_MD: Tensor | None
+    ) -> Tensor:
         """Hidden states after the last layer of every fed token and draft, in row order."""
         entering, *later = route.verify_legs
-        ids_N = fed_N if drafts is None else torch.cat((fed_N, drafts.ids_M))[entering.join_N]
-        hidden_ND = self._model.embed(ids_N)
+        hidden_ND = self._model.embed(ids_N if exits_MD is None else ids_N[entering.join_N])
         for leg in (entering, *later):
             if leg is not entering:
-                assert drafts is not None
-                hidden_ND = torch.cat((hidden_ND, drafts.exits_MD))[leg.join_N]
+                assert exits_MD is not None
+                hidden_ND = torch.cat((hidden_ND, exits_MD))[leg.join_N]
             queries = self._attention.queries(leg.arrangement, slots_BT, plan.num_computed_B)
             hidden_ND = self._model.run_layers(hidden_ND, leg.first, leg.last, queries)
         return hidden_ND
 
     @staticmethod
-    def _edited(plan: Plan, route: Route, logits_MV: Tensor, drafts: Drafts | None) -> Tensor:
+    def _edited(plan: Plan, route: Route, logits_MV: Tensor, ids_N: Tensor) -> Tensor:
         """Logits edited behind each choice's known ids and the drafts before it."""
         if not any(plan.edited):
             return logits_MV
         places = route.places
         edited = [plan.edited[row] for row in places.rows_M.tolist()]
-        before: list[list[Tensor]] = [[] for _ in edited]
-        if drafts is not None:
-            before = [
-                [drafts.ids_M[index] for index in places.drafts.index(row, np.arange(num_drafts)).tolist()]
-                for row, num_drafts in zip(places.rows_M, places.num_drafts_M.tolist(), strict=True)
-            ]
+        before = [
+            [ids_N[index] for index in places.drafts_BK[row, :num_drafts].tolist()]
+            for row, num_drafts in zip(places.rows_M.tolist(), places.num_drafts_M.tolist(), strict=True)
+        ]
         return apply_edits(logits_MV, edited, before)
 
     @staticmethod

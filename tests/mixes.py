@@ -16,7 +16,15 @@ from msgspec.structs import replace as replace_fields
 from config.settings import EngineSettings
 from decoding.blocks import BlockPool
 from decoding.engine import Engine
-from decoding.messages import Decoded, FinishReason, Generate, LogitEdits, SamplingParams, TokenLogprob
+from decoding.messages import (
+    Decoded,
+    Drafter,
+    FinishReason,
+    Generate,
+    LogitEdits,
+    SamplingParams,
+    TokenLogprob,
+)
 from decoding.scheduler import Scheduler, StepLimits
 from tests.oracle import NaiveDecoder
 from tests.tiny import make_checkpoint
@@ -108,10 +116,17 @@ def random_request(rng: np.random.Generator, sequence_id: int, block_size: int) 
 
 
 def with_extras(request: Generate, rng: np.random.Generator) -> Generate:
-    """The same, half of the time with edits, and now and then with reports."""
+    """The same with some drafter, half of the time with edits, and now and then with a prompt that repeats
+    itself and with reports.
+    """
+    prompt_ids = request.prompt_ids
+    if rng.random() < 0.4:
+        prompt_ids = (prompt_ids[: int(rng.integers(2, 9))] * len(prompt_ids))[: len(prompt_ids)]
     edits = random_edits(rng) if rng.random() < 0.5 else None
     return replace_fields(
         request,
+        prompt_ids=prompt_ids,
+        drafter=Drafter(rng.choice(["early_exit", "early_exit", "lookup", "hybrid", "none"])),
         sampling=replace_fields(request.sampling, edits=edits),
         logprobs=int(rng.integers(0, 6)) if rng.random() < 0.4 else None,
         prompt_logprobs=int(rng.integers(0, 6)) if rng.random() < 0.2 else None,
@@ -158,13 +173,18 @@ def check_mix(lab: Lab, seed: int) -> tuple[int, int, int]:
     rng = np.random.default_rng(seed)
     block_size = int(rng.choice([4, 16]))
     smallest = MAX_LEN // block_size
+    # Rows that outgrow the pool together, so that some must give way.
+    is_crowded = rng.random() < 0.2
     engine = lab.fresh_engine(
         block_size=block_size,
-        num_blocks=smallest if rng.random() < 0.5 else 2048 // block_size,
-        max_num_seqs=int(rng.integers(1, 9)),
+        num_blocks=smallest if is_crowded or rng.random() < 0.5 else 2048 // block_size,
+        max_num_seqs=8 if is_crowded else int(rng.integers(1, 9)),
         budget=int(rng.choice([9, 32, 512])),
     )
-    requests = [random_request(rng, i, block_size) for i in range(int(rng.integers(2, 9)))]
+    num_rows = 8 if is_crowded else int(rng.integers(2, 9))
+    requests = [random_request(rng, i, block_size) for i in range(num_rows)]
+    if is_crowded:
+        requests = [replace_fields(r, prompt_ids=r.prompt_ids[:40], max_new_tokens=60) for r in requests]
     if rng.random() < 0.5:  # A follow-up that shares its prompt with another, for the prefix cache.
         first = requests[0]
         shared = replace_prompt(first, lab.oracle.decode(first), sequence_id=len(requests))
