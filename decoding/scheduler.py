@@ -193,8 +193,23 @@ class Scheduler:
         # So are the tokens whose successors' probabilities are asked for.
         max_tokens = len(known) - 1 if self._waiting[0].is_prompt_scored else 0
         hit = self._pool.find_prefix(known, max_tokens=max_tokens)
+        if self._is_being_computed(known[:max_tokens], beyond=len(hit.block_ids)):
+            return None
         num_missing = self._num_blocks(len(known)) - len(hit.block_ids)
         return hit if num_missing <= self._pool.num_allocatable_beside(hit) else None
+
+    def _is_being_computed(self, known: list[int], *, beyond: int) -> bool:
+        """Whether a running prompt will soon publish more of these ids' blocks than the `beyond` that are there.
+
+        Choices of one prompt come together; the others wait for the first instead of computing it again.
+        """
+        end = (beyond + 1) * self._pool.block_size
+        start = known[:end]
+        return len(start) == end and any(
+            sequence.num_computed < end and sequence.token_ids[:end] == start
+            for sequence in self._running
+            if sequence.num_pending > 1
+        )
 
     def _admit(self, hit: PrefixHit) -> Sequence:
         """Start the first that waits on the cached start of it."""

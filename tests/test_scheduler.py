@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from msgspec.structs import replace
 
 from decoding.blocks import BlockPool
 from decoding.messages import FinishReason, Generate, SamplingParams
@@ -104,3 +105,24 @@ def test_shortage_takes_the_youngest_row_and_loses_nobody() -> None:
     assert endings == dict.fromkeys(range(3), FinishReason.LENGTH)
     assert under_test.load().num_preemptions_total > 0
     assert under_test.load().num_free_blocks == 8
+
+
+def test_choices_of_one_prompt_wait_for_the_first_and_share_its_blocks() -> None:
+    under_test = scheduler(budget=64)
+    prompt = list(range(200))
+    for sequence_id in range(4):
+        under_test.submit(replace(request(sequence_id), prompt_ids=prompt))
+    fed = 0
+    for _ in range(5):
+        fed += int(step(under_test).num_fed_B.sum())
+    # One whole prompt, and of the others what lies behind the last full block before the prompt's last token.
+    assert under_test.load().num_running == 4
+    assert under_test.load().prefix_cache_hit_tokens_total == 3 * 192
+    assert fed <= 200 + 3 * 8 + 2 * 4
+
+
+def test_another_prompt_waits_for_nobody() -> None:
+    under_test = scheduler(budget=64)
+    under_test.submit(request(1, prompt=40))
+    under_test.submit(request(2, prompt=20))
+    assert step(under_test).num_rows == 2
