@@ -30,10 +30,11 @@ class NgramIndex:
         for size in range(min(_LONGEST, len(token_ids)), _SHORTEST - 1, -1):
             end = self._ends.get(tuple(token_ids[-size:]))
             if end is not None:
-                known = list(token_ids)
+                following = list(token_ids[end:])
+                num_known = len(following)
                 for offset in range(count):
-                    known.append(known[end + offset])
-                return tuple(known[len(token_ids) :])
+                    following.append(following[offset])
+                return tuple(following[num_known:])
         return ()
 
     def _catch_up(self, token_ids: Sequence[int]) -> None:
