@@ -16,9 +16,9 @@ from decoding.checkpoint import CheckpointError
 from decoding.engine import Engine
 from tests.test_corpus import write_sources
 from tests.tiny import make_checkpoint
-from training.healing import heal, write_own_texts
+from training.healing import _fingerprint, heal, write_own_texts
 from training.recipe import EarlyExit, LayerDropout, Optimizer, OwnTexts, Recipe, RecipeError
-from training.runs import RunOptions
+from training.runs import RunOptions, TextSource
 
 NUM_STEPS = 12
 
@@ -77,7 +77,7 @@ def test_what_healing_writes_is_what_it_measured(tmp_path, sources):
     from training.evaluation import evaluate
     from training.runs import held_out_windows, kept_texts
 
-    texts = kept_texts(tmp_path / "run")
+    texts = kept_texts(tmp_path / "run", TextSource(recipe.data, _fingerprint(origin)))
     assert texts is not None
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     again = evaluate(model, held_out_windows(texts), bytes_per_token=texts.bytes_per_token)
@@ -87,12 +87,47 @@ def test_what_healing_writes_is_what_it_measured(tmp_path, sources):
 def test_own_texts_are_the_model_s_and_written_once(tmp_path):
     origin = make_checkpoint(tmp_path / "origin", num_layers=4)
     wanted = OwnTexts(count=3, num_tokens=20, temperature=1.0)
-    source = write_own_texts(str(origin), wanted, tmp_path / "texts", seed=1)
+    settings = EngineSettings(model=str(origin), num_threads=1, draft_length=0)
+    source = write_own_texts(settings, wanted, tmp_path / "texts", seed=1)
     texts = [path.read_text(encoding="utf-8") for path in source.paths]
     assert len(set(texts)) == 3
     source.paths[1].unlink()
-    write_own_texts(str(origin), wanted, tmp_path / "texts", seed=1)
+    write_own_texts(settings, wanted, tmp_path / "texts", seed=1)
     assert [path.read_text(encoding="utf-8") for path in source.paths] == texts
+
+
+def test_a_folder_keeps_to_the_model_and_the_data_it_was_begun_with(tmp_path, sources):
+    models = [
+        make_checkpoint(tmp_path / name, num_layers=4, seed=seed) for seed, name in enumerate(("a", "b"))
+    ]
+    options = RunOptions(tmp_path / "run", device="cpu", until=1)
+    whole = make_recipe(sources)
+    heal(Recipe.model_validate(whole), str(models[0]), options)
+    with pytest.raises(RecipeError, match="another model"):
+        heal(Recipe.model_validate(whole), str(models[1]), options)
+    other = {**whole, "data": {**whole["data"], "held_out": 0.3}}
+    with pytest.raises(RecipeError, match="other data"):
+        heal(Recipe.model_validate(other), str(models[0]), options)
+
+
+def test_a_healed_checkpoint_keeps_its_generation_defaults(tmp_path, sources):
+    origin = make_checkpoint(tmp_path / "origin", num_layers=4)
+    own = {"eos_token_id": [0, 5], "do_sample": True, "temperature": 0.6}
+    (origin / "generation_config.json").write_text(json.dumps(own), encoding="utf-8")
+    recipe = Recipe.model_validate(make_recipe(sources))
+    folder = heal(recipe, str(origin), RunOptions(tmp_path / "run", device="cpu", until=1))
+    assert json.loads((folder / "generation_config.json").read_text(encoding="utf-8")) == own
+
+
+def test_low_rank_healing_that_is_stopped_ends_as_one_that_was_not(tmp_path, sources):
+    origin = make_checkpoint(tmp_path / "origin", num_layers=4)
+    recipe = Recipe.model_validate(make_recipe(sources, lora={"rank": 4, "alpha": 8.0}))
+    heal(recipe, str(origin), RunOptions(tmp_path / "parts", device="cpu", until=5))
+    folders = [
+        heal(recipe, str(origin), RunOptions(tmp_path / name, device="cpu")) for name in ("parts", "whole")
+    ]
+    parts, whole = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in folders)
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
 def test_what_cannot_be_healed_is_refused(tmp_path, sources):

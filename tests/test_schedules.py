@@ -108,10 +108,9 @@ def test_the_last_layer_has_a_loss_at_every_step_of_every_curriculum():
             assert set(weights) <= {0, 1, 5}
 
 
-def test_the_batch_is_filled_by_micro_batches_of_all_processes():
+def test_the_batch_is_filled_by_micro_batches():
     recipe = _recipe()
-    assert recipe.num_micro_batches(0, num_processes=1) == 2
-    assert recipe.num_micro_batches(0, num_processes=2) == 1
+    assert recipe.num_micro_batches(0) == 2
 
 
 @pytest.mark.parametrize(

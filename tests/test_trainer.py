@@ -129,7 +129,13 @@ def test_a_state_that_a_kill_left_half_written_is_not_taken_up(tmp_path):
     # Killed while the fresh state was being written, and again between the two renames.
     (tmp_path / "parts" / "state.fresh").mkdir()
     (tmp_path / "parts" / "state").rename(tmp_path / "parts" / "state.old")
-    assert losses_of(recipe, tmp_path / "parts") == whole[2:]
+    losses_of(recipe, tmp_path / "parts", until=3)
+    assert not (tmp_path / "parts" / "state.fresh").exists()
+    # Killed a second time where only the old state and a fresh one are there.
+    (tmp_path / "parts" / "state").rename(tmp_path / "parts" / "state.old")
+    trainer, _ = make_trainer(recipe, tmp_path / "parts")
+    assert trainer.resume()
+    assert losses_of(recipe, tmp_path / "parts") == whole[3:]
 
 
 def test_a_run_may_be_prolonged_but_not_continued_with_another_recipe(tmp_path):

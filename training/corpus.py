@@ -92,12 +92,14 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], *, end_id: int) -> NDArray[np.uint32]:
-    """All texts in one row of ids, `end_id` before each and after the last."""
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], *, end_id: int, first_ids: Sequence[int] = ()
+) -> NDArray[np.uint32]:
+    """All texts in one row of ids: `end_id` before each and after the last, each begun with `first_ids`."""
     ids = [np.array([end_id], dtype=np.uint32)]
     for start in range(0, len(texts), 64):
         for encoding in tokenizer.encode_batch(list(texts[start : start + 64]), add_special_tokens=False):
-            ids.append(np.array([*encoding.ids, end_id], dtype=np.uint32))
+            ids.append(np.array([*first_ids, *encoding.ids, end_id], dtype=np.uint32))
     return np.concatenate(ids)
 
 
@@ -111,13 +113,17 @@ class Windows:
     ids: NDArray[np.uint32]
     seed: int
 
-    def batch(self, *, first: int, count: int, num_tokens: int) -> NDArray[np.int64]:
-        """Windows number first … first + count − 1 of the endless order, [count, num_tokens + 1]."""
-        per_epoch = (len(self.ids) - 1) // num_tokens - 1
-        if per_epoch < 1:
+    def check(self, num_tokens: int) -> None:
+        """Raises RecipeError if the ids are too few for windows of this length."""
+        if (len(self.ids) - 1) // num_tokens < 2:
             raise RecipeError(
                 f"stages.sequence_tokens {num_tokens}: the corpus has only {len(self.ids)} tokens"
             )
+
+    def batch(self, *, first: int, count: int, num_tokens: int) -> NDArray[np.int64]:
+        """Windows number first … first + count − 1 of the endless order, [count, num_tokens + 1]."""
+        per_epoch = (len(self.ids) - 1) // num_tokens - 1
+        self.check(num_tokens)
         rows = [self._window(number, per_epoch, num_tokens) for number in range(first, first + count)]
         return np.stack(rows).astype(np.int64)
 

@@ -54,10 +54,13 @@ def evaluate(model: LlamaForCausalLM, windows: Sequence[Tensor], *, bytes_per_to
     was_training = model.training
     model.eval()
     for window in windows:
-        ids_1T, next_T = window[None, :-1], window[1:]
-        logits_of = _exit_logits(model, ids_1T)
-        final_T = logits_of[-1].argmax(-1)
-        for index, logits_TV in enumerate(logits_of):
+        window_T = window.to(model.device)
+        ids_1T, next_T = window_T[None, :-1], window_T[1:]
+        hiddens = _exit_hiddens(model, ids_1T)
+        final_T = _logits(model, hiddens[-1]).argmax(-1)
+        # One exit's logits at a time: those of all would fill the memory where the vocabulary is large.
+        for index, hidden_1TD in enumerate(hiddens):
+            logits_TV = _logits(model, hidden_1TD)
             losses[index] += float(F.cross_entropy(logits_TV, next_T, reduction="sum"))
             agreeing[index] += int((logits_TV.argmax(-1) == final_T).sum())
         num_tokens += len(next_T)
@@ -69,7 +72,7 @@ def evaluate(model: LlamaForCausalLM, windows: Sequence[Tensor], *, bytes_per_to
     return Evaluation(exits, num_tokens, exits[-1].loss / math.log(2) / bytes_per_token)
 
 
-def _exit_logits(model: LlamaForCausalLM, ids_1T: Tensor) -> list[Tensor]:
+def _exit_hiddens(model: LlamaForCausalLM, ids_1T: Tensor) -> list[Tensor]:
     core = model.model
     hidden_1TD = core.embed_tokens(ids_1T)
     positions_1T = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
@@ -77,5 +80,10 @@ def _exit_logits(model: LlamaForCausalLM, ids_1T: Tensor) -> list[Tensor]:
     found = []
     for layer in core.layers:
         hidden_1TD = layer(hidden_1TD, attention_mask=None, position_embeddings=rotations)
-        found.append(model.lm_head(core.norm(hidden_1TD))[0].float())
+        found.append(hidden_1TD)
     return found
+
+
+def _logits(model: LlamaForCausalLM, hidden_1TD: Tensor) -> Tensor:
+    logits_TV: Tensor = model.lm_head(model.model.norm(hidden_1TD))[0].float()
+    return logits_TV

@@ -6,10 +6,13 @@ Knows what healing adds to a run: the model to start from, its own texts, low-ra
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from config.settings import EngineSettings
@@ -22,6 +25,7 @@ from training.recipe import Lora, OwnTexts, Recipe, RecipeError
 from training.runs import (
     RunOptions,
     Texts,
+    TextSource,
     follow,
     held_out_windows,
     keep_texts,
@@ -32,7 +36,8 @@ from training.runs import (
 )
 from training.trainer import Trainer
 
-_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_HASHED_BYTES: Final = 1 << 20
+_LORA_TARGETS: Final = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def heal(recipe: Recipe, model_name: str, options: RunOptions) -> Path:
@@ -44,26 +49,29 @@ def heal(recipe: Recipe, model_name: str, options: RunOptions) -> Path:
         raise RecipeError(f"recipe {recipe.name}: architecture is for `train`; a healed model has its own")
     origin = open_checkpoint(model_name, revision=None).folder
     accelerator = make_accelerator(options)
-    texts = kept_texts(options.folder) or _read_texts(recipe, origin, options)
+    texts = _texts(recipe, origin, options)
     model = LlamaForCausalLM.from_pretrained(origin, dtype="float32")
+    model.to(accelerator.device)
     before = _measure_once(model, texts, options.folder / "before.json")
     teacher = copy.deepcopy(model).eval().to(accelerator.device) if recipe.distillation else None
+    # Low-rank updates start at random.
+    torch.manual_seed(recipe.seed)
     if recipe.lora is not None:
         _add_lora(model, recipe.lora)
     windows = Windows(texts.training_ids, recipe.seed)
     trainer = Trainer(recipe, model, windows, options.folder, accelerator=accelerator, teacher=teacher)
     follow(trainer, options)
-    healed = model.to("cpu").float()
     if recipe.lora is not None:
-        _merge_lora(healed)
-    after = evaluate(healed, held_out_windows(texts), bytes_per_token=texts.bytes_per_token).as_json()
+        _merge_lora(model)
+    after = evaluate(model, held_out_windows(texts), bytes_per_token=texts.bytes_per_token).as_json()
     folder = options.folder / recipe.name
-    write_checkpoint(healed, texts.tokenizer, folder)
+    write_checkpoint(model, texts.tokenizer, folder)
+    _keep_generation_defaults(origin, folder)
     write_report(folder, {"before": before, "after": after}, texts, trainer)
     return folder
 
 
-def write_own_texts(model_name: str, wanted: OwnTexts, folder: Path, *, seed: int) -> Source:
+def write_own_texts(settings: EngineSettings, wanted: OwnTexts, folder: Path, *, seed: int) -> Source:
     """Let the model write texts of its own, one file each; files that are already there are kept.
 
     A chat model begins where a user would speak, so that it writes question and answer; another from nothing.
@@ -72,14 +80,14 @@ def write_own_texts(model_name: str, wanted: OwnTexts, folder: Path, *, seed: in
     paths = [folder / f"{number:05}.txt" for number in range(wanted.count)]
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if missing:
-        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
         prompt_ids = _beginning(tokenizer)
-        engine = Engine.load(EngineSettings(model=model_name, draft_length=0))
+        engine = Engine.load(settings)
         requests = [_request(number, prompt_ids, wanted, seed) for number in missing]
         for number, events in engine.generate(requests).items():
             ids = [*prompt_ids, *(token for event in events for token in event.token_ids)]
             paths[number].write_text(tokenizer.decode(ids), encoding="utf-8")
-    return Source(f"own texts of {Path(model_name).name}", "as the model", tuple(paths))
+    return Source(f"own texts of {Path(settings.model).name}", "as the model", tuple(paths))
 
 
 def _request(number: int, prompt_ids: list[int], wanted: OwnTexts, seed: int) -> Generate:
@@ -105,14 +113,40 @@ def _beginning(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return ids
 
 
-def _read_texts(recipe: Recipe, origin: Path, options: RunOptions) -> Texts:
-    own = recipe.data.own_texts
-    sources = []
-    if own is not None:
-        sources.append(write_own_texts(str(origin), own, options.folder / "own_texts", seed=recipe.seed))
-    return keep_texts(
-        read_corpus(recipe.data, *sources), AutoTokenizer.from_pretrained(origin), options.folder
-    )
+def _texts(recipe: Recipe, origin: Path, options: RunOptions) -> Texts:
+    """The run's texts; the first time they are read, and the model's own ones written."""
+    source = TextSource(recipe.data, _fingerprint(origin))
+    known = kept_texts(options.folder, source)
+    if known is not None:
+        return known
+    more = []
+    if recipe.data.own_texts is not None:
+        settings = EngineSettings(
+            model=str(origin), device=options.device, num_threads=options.num_threads, draft_length=0
+        )
+        folder = options.folder / "own_texts"
+        more.append(write_own_texts(settings, recipe.data.own_texts, folder, seed=recipe.seed))
+    corpus = read_corpus(recipe.data, *more)
+    return keep_texts(corpus, AutoTokenizer.from_pretrained(origin), options.folder, source)
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """A hash of configuration and weights, of large files their ends alone."""
+    digest = hashlib.sha256()
+    for path in sorted([checkpoint / "config.json", *checkpoint.glob("*.safetensors")]):
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_HASHED_BYTES))
+            file.seek(max(0, path.stat().st_size - _HASHED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _keep_generation_defaults(origin: Path, folder: Path) -> None:
+    """End-of-sequence ids and sampling defaults are the model's own, as its authors wrote them."""
+    path = origin / "generation_config.json"
+    if path.is_file():
+        shutil.copyfile(path, folder / path.name)
 
 
 def _measure_once(model: LlamaForCausalLM, texts: Texts, path: Path) -> dict[str, Any]:

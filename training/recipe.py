@@ -160,24 +160,26 @@ class Recipe(_Part):
 
         `based_on` names another recipe, whose keys this one changes.
         """
-        raw = _read_with_base(name)
-        if num_steps is not None:
-            raw["num_steps"] = num_steps
         try:
+            raw = _read_with_base(name)
+            if num_steps is not None:
+                raw["num_steps"] = num_steps
             return cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "as a whole"
             raise RecipeError(f"recipe {name}: {where}: {first['msg']}") from error
+        except RecursionError as error:
+            raise RecipeError(f"recipe {name}: based_on: goes round in a circle") from error
 
     def stage_at(self, step: int) -> Stage:
         """The stage that `step` belongs to."""
         return next(stage for stage in self.stages if step < stage.until * self.num_steps or stage.until == 1)
 
-    def num_micro_batches(self, step: int, *, num_processes: int) -> int:
-        """Micro-batches that each process runs before the weights move."""
+    def num_micro_batches(self, step: int) -> int:
+        """Micro-batches that run before the weights move."""
         stage = self.stage_at(step)
-        return max(1, round(self.batch_tokens / (stage.sequence_tokens * stage.micro_batch * num_processes)))
+        return max(1, round(self.batch_tokens / (stage.sequence_tokens * stage.micro_batch)))
 
     def dropout(self, layer: int, step: int, *, num_layers: int) -> float:
         """p_{l,t}: how likely a sample skips this layer at this step (equation 1)."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,13 +21,14 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from decoding.engine import pick_device
 from training.corpus import END_OF_TEXT, Corpus, Windows, encode, read_corpus, train_tokenizer
 from training.evaluation import evaluate
-from training.recipe import Architecture, Recipe, RecipeError
+from training.recipe import Architecture, Data, Recipe, RecipeError
 from training.trainer import Step, Trainer
 
-_EVALUATED_WINDOWS = 64
-_EVALUATED_TOKENS = 256
+_EVALUATED_WINDOWS: Final = 64
+_EVALUATED_TOKENS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,14 @@ def usual_folder(recipe: Recipe) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class TextSource:
+    """What texts are made from: data, and the model that is healed, by a hash of its files."""
+
+    data: Data
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Texts:
     """The corpus as ids, and what it was made of."""
 
@@ -62,10 +72,11 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.architecture is None:
         raise RecipeError(f"recipe {recipe.name}: architecture is missing; `train` makes a model of it")
     accelerator = make_accelerator(options)
-    texts = kept_texts(options.folder)
+    source = TextSource(recipe.data)
+    texts = kept_texts(options.folder, source)
     if texts is None:
         corpus = read_corpus(recipe.data)
-        texts = keep_texts(corpus, _new_tokenizer(corpus, recipe), options.folder)
+        texts = keep_texts(corpus, _new_tokenizer(corpus, recipe), options.folder, source)
     torch.manual_seed(recipe.seed)
     model = new_model(recipe.architecture, len(texts.tokenizer))
     trainer = Trainer(
@@ -94,6 +105,7 @@ def new_model(sizes: Architecture, vocab_size: int) -> LlamaForCausalLM:
         rms_norm_eps=1e-5,
     )
     model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
     shrink = 1 / math.sqrt(2 * sizes.num_layers)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -102,13 +114,21 @@ def new_model(sizes: Architecture, vocab_size: int) -> LlamaForCausalLM:
     return model
 
 
-def kept_texts(folder: Path) -> Texts | None:
-    """What an earlier run of the folder read and tokenised."""
+def kept_texts(folder: Path, source: TextSource) -> Texts | None:
+    """What an earlier run of the folder read and tokenised. Raises RecipeError if it was from something else."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"{folder}: cannot be a run's folder: {error.strerror}; pass another --out"
+        ) from error
     kept = folder / "texts"
     about = kept / "about.json"
     if not about.is_file():
         return None
     known = json.loads(about.read_text(encoding="utf-8"))
+    if "data" in known and TextSource(Data.model_validate(known["data"]), known["model"]) != source:
+        raise RecipeError(f"{folder}: was begun with other data or another model; pass another --out")
     return Texts(
         tokenizer=PreTrainedTokenizerFast.from_pretrained(kept),
         training_ids=np.load(kept / "training.npy"),
@@ -118,7 +138,7 @@ def kept_texts(folder: Path) -> Texts | None:
     )
 
 
-def keep_texts(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Texts:
+def keep_texts(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, folder: Path, source: TextSource) -> Texts:
     """Tokenise the corpus and keep it beside the run, so that a run that goes on sees the same."""
     kept = folder / "texts"
     about = kept / "about.json"
@@ -128,7 +148,15 @@ def keep_texts(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, folder: Path)
     np.save(kept / "training.npy", texts.training_ids)
     np.save(kept / "held_out.npy", texts.held_out_ids)
     about.write_text(
-        json.dumps({"bytes_per_token": texts.bytes_per_token, "sources": texts.sources}), encoding="utf-8"
+        json.dumps(
+            {
+                "bytes_per_token": texts.bytes_per_token,
+                "sources": texts.sources,
+                "data": source.data.model_dump(mode="json"),
+                "model": source.model,
+            }
+        ),
+        encoding="utf-8",
     )
     return texts
 
@@ -138,6 +166,10 @@ def follow(trainer: Trainer, options: RunOptions) -> None:
     num_steps = trainer.recipe.num_steps
     until = min(num_steps, options.until if options.until is not None else num_steps)
     resumed = trainer.resume()
+    if trainer.next_step > num_steps:
+        raise RecipeError(
+            f"{options.folder}: is at step {trainer.next_step} already, beyond {num_steps} steps"
+        )
     log = options.folder / "log.jsonl"
     _forget_steps_from(log, trainer.next_step if resumed else 0)
     began = time.perf_counter()
@@ -176,7 +208,7 @@ def _forget_steps_from(log: Path, next_step: int) -> None:
 
 def finish(model: LlamaForCausalLM, texts: Texts, trainer: Trainer, options: RunOptions) -> Path:
     """Evaluate, and write the checkpoint in bfloat16 as a folder that transformers and the engine load."""
-    model = model.to("cpu").float()
+    model.float()
     evaluation = evaluate(model, held_out_windows(texts), bytes_per_token=texts.bytes_per_token)
     folder = options.folder / trainer.recipe.name
     write_checkpoint(model, texts.tokenizer, folder)
@@ -195,11 +227,7 @@ def held_out_windows(texts: Texts) -> list[torch.Tensor]:
 
 def write_checkpoint(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """A Hugging Face folder: bfloat16 safetensors, configuration, tokenizer."""
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
-    )
-    model.to(torch.bfloat16).save_pretrained(folder)
-    model.float()
+    model.to("cpu", torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -216,11 +244,16 @@ def write_report(folder: Path, measured: Mapping[str, object], texts: Texts, tra
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:
-    """Where and in which number format a run computes: bfloat16 products, float32 weights."""
-    is_cpu = options.device == "cpu" or (options.device == "auto" and not torch.cuda.is_available())
+    """Where and in which number format a run computes: bfloat16 products, float32 weights. Raises StartupError."""
+    device = pick_device(options.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
-    return Accelerator(cpu=is_cpu, mixed_precision="bf16")
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16")
+    if accelerator.num_processes > 1:
+        raise RecipeError("training runs in one process; start it without a launcher")
+    return accelerator
 
 
 def _new_tokenizer(corpus: Corpus, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -236,8 +269,10 @@ def _new_tokenizer(corpus: Corpus, recipe: Recipe) -> PreTrainedTokenizerFast:
 def _encoded(corpus: Corpus, tokenizer: PreTrainedTokenizerFast) -> Texts:
     assert isinstance(tokenizer.eos_token_id, int)
     backend, end_id = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    training_ids = encode(backend, corpus.training, end_id=end_id)
-    held_out_ids = encode(backend, corpus.held_out, end_id=end_id)
+    # What the model sees before every text that it is served.
+    first = [token_id for token_id in tokenizer.encode("") if token_id != end_id]
+    training_ids = encode(backend, corpus.training, first_ids=first, end_id=end_id)
+    held_out_ids = encode(backend, corpus.held_out, first_ids=first, end_id=end_id)
     held_out_bytes = sum(len(text.encode()) for text in corpus.held_out)
     return Texts(
         tokenizer=tokenizer,

@@ -52,6 +52,8 @@ class Trainer:
         teacher: LlamaForCausalLM | None = None,
     ) -> None:
         self.recipe = recipe
+        for stage in recipe.stages:
+            windows.check(stage.sequence_tokens)
         self._windows = windows
         self._folder = folder
         self._accelerator = accelerator
@@ -72,25 +74,24 @@ class Trainer:
 
     def save(self) -> None:
         """Write the state beside the old one, then put it in its place: a kill leaves one of the two whole."""
-        self._accelerator.wait_for_everyone()
         fresh, state = self._folder / f"{_STATE}.fresh", self._folder / _STATE
-        if self._accelerator.is_main_process:
-            shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
         self._accelerator.save_state(str(fresh))
-        if self._accelerator.is_main_process:
-            about = {"next_step": self.next_step, "recipe": self.recipe.model_dump(mode="json")}
-            (fresh / "run.json").write_text(json.dumps(about), encoding="utf-8")
-            _replace(fresh, state)
-        self._accelerator.wait_for_everyone()
+        about = {"next_step": self.next_step, "recipe": self.recipe.model_dump(mode="json")}
+        (fresh / "run.json").write_text(json.dumps(about), encoding="utf-8")
+        _replace(fresh, state)
 
     def resume(self) -> bool:
         """Take up the state in the folder, if there is one. Raises RecipeError if another recipe wrote it."""
         state = _whole_state(self._folder)
         if state is None:
             return False
-        about = json.loads((state / "run.json").read_text(encoding="utf-8"))
-        # Read as a recipe, so that keys which have come since have their defaults.
-        theirs = Recipe.model_validate(about["recipe"])
+        try:
+            about = json.loads((state / "run.json").read_text(encoding="utf-8"))
+            # Read as a recipe, so that keys which have come since have their defaults.
+            theirs = Recipe.model_validate(about["recipe"])
+        except ValueError as error:
+            raise RecipeError(f"{state}: cannot be read; give another --out, or delete it") from error
         other = [
             key
             for key in Recipe.model_fields
@@ -107,15 +108,13 @@ class Trainer:
     def _step(self, step: int) -> Step:
         recipe, accelerator = self.recipe, self._accelerator
         stage = recipe.stage_at(step)
-        num_micro = recipe.num_micro_batches(step, num_processes=accelerator.num_processes)
+        num_micro = recipe.num_micro_batches(step)
         set_learning_rate(self._optimizers, recipe.learning_rate(step))
         exits = recipe.exit_weights(step, num_layers=self._num_layers)
         total, of_exit = 0.0, dict.fromkeys(exits, 0.0)
         self._stack.train()
         for micro in range(num_micro):
-            losses = self._micro_batch(
-                step, micro, exits, is_last=micro == num_micro - 1, share=1 / num_micro
-            )
+            losses = self._micro_batch(step, micro, exits, share=1 / num_micro)
             total += float(losses[0]) / num_micro
             for layer, entropy in losses[1].items():
                 of_exit[layer] += float(entropy) / num_micro
@@ -123,11 +122,11 @@ class Trainer:
         for optimizer in self._optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        num_tokens = num_micro * stage.micro_batch * stage.sequence_tokens * accelerator.num_processes
+        num_tokens = num_micro * stage.micro_batch * stage.sequence_tokens
         return Step(step, num_tokens, total, {layer + 1: of_exit[layer] for layer in sorted(of_exit)})
 
     def _micro_batch(
-        self, step: int, micro: int, exits: Mapping[int, float], *, is_last: bool, share: float
+        self, step: int, micro: int, exits: Mapping[int, float], *, share: float
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         batch = self._batch(step, micro)
         weighing = Weighing(
@@ -136,24 +135,16 @@ class Trainer:
             teacher_share=self.recipe.distillation.weight if self.recipe.distillation else 0.0,
             teacher_BTV=self._teacher_logits(batch.ids_BT),
         )
-        # Only the last micro-batch of a step lets processes exchange gradients.
         with self._accelerator.autocast():
-            if is_last:
-                losses = self._stack(batch, weighing)
-                self._accelerator.backward(losses.total * share)
-            else:
-                with self._accelerator.no_sync(self._stack):
-                    losses = self._stack(batch, weighing)
-                    self._accelerator.backward(losses.total * share)
+            losses = self._stack(batch, weighing)
+        self._accelerator.backward(losses.total * share)
         return losses.total.detach(), losses.of_exit
 
     def _batch(self, step: int, micro: int) -> Batch:
         """A micro-batch that depends on seed, step and place alone, so that no state of generators is saved."""
         recipe, device = self.recipe, self._accelerator.device
         stage = recipe.stage_at(step)
-        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
-        num_micro = recipe.num_micro_batches(step, num_processes=ranks)
-        first = ((step * num_micro + micro) * ranks + rank) * stage.micro_batch
+        first = (step * recipe.num_micro_batches(step) + micro) * stage.micro_batch
         ids = torch.from_numpy(
             self._windows.batch(first=first, count=stage.micro_batch, num_tokens=stage.sequence_tokens)
         ).to(device)
@@ -175,8 +166,9 @@ class Trainer:
 
 def _replace(fresh: Path, state: Path) -> None:
     old = state.with_name(f"{state.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    # Without a state, the old one is the only whole one until the fresh one has its place.
     if state.exists():
+        shutil.rmtree(old, ignore_errors=True)
         state.rename(old)
     fresh.rename(state)
     shutil.rmtree(old, ignore_errors=True)
