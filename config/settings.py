@@ -10,20 +10,20 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
 from config.errors import SettingsError
+from config.setting_types import COMMA_LIST, ApiKey, Loader, LogFormat, LogLevel, ModelName, Origin
 
 ENV_PREFIX: Final = "LAYERSKIP_"
 BUNDLED_CHECKPOINT: Final = Path(__file__).parent / "checkpoints" / "python-tiny-13m"
@@ -37,26 +37,6 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT64 = "float64"
-
-
-class Loader(StrEnum):
-    """How weights reach the device."""
-
-    SAFETENSORS = "safetensors"
-    ACCELERATE = "accelerate"
-
-
-class LogLevel(StrEnum):
-    """The least severe log line that is written."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-def _split_commas(value: object) -> object:
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 class EngineSettings(BaseModel, frozen=True, extra="forbid"):
@@ -82,7 +62,7 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     num_blocks: int | None = Field(
         default=None, ge=1, description="Blocks of the KV cache; unset: sized from free memory."
     )
-    allowed_exit_layers: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, NoDecode] = Field(
+    allowed_exit_layers: Annotated[tuple[Annotated[int, Field(ge=1)], ...] | None, *COMMA_LIST] = Field(
         default=None, description="Exit layers a request may ask for, comma-separated; unset: all."
     )
     exit_layer: int | None = Field(
@@ -98,21 +78,19 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         default=None, ge=1, description="CPU threads of the worker; unset: chosen for it."
     )
 
-    @field_validator("allowed_exit_layers", mode="before")
-    @classmethod
-    def _from_comma_list(cls, value: object) -> object:
-        return _split_commas(value)
-
 
 class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     """What the API process needs: where it listens and what it lets in."""
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    served_model_name: str | None = Field(
+    served_model_name: Annotated[tuple[ModelName, ...] | None, *COMMA_LIST] = Field(
         default=None,
         min_length=1,
-        description="Name of the model in requests and metrics; unset: from the checkpoint.",
+        description="Names that requests may use; answers and metrics have the first; unset: from the checkpoint.",
+    )
+    chat_template: Path | None = Field(
+        default=None, description="Jinja file that makes chats prompts; unset: the checkpoint's own."
     )
     max_queued_requests: int = Field(
         default=512, ge=0, description="Sequences waiting beyond max_num_seqs before requests get 429."
@@ -125,7 +103,30 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     )
     max_stop_strings: int = Field(default=4, ge=0, description="Most stop strings in one request.")
     max_stop_string_chars: int = Field(default=256, ge=1, description="Longest stop string, in characters.")
+    api_key: Annotated[tuple[ApiKey, ...] | None, *COMMA_LIST] = Field(
+        default=None, description="Keys of which every request must bear one; unset: none needed."
+    )
+    api_key_file: Path | None = Field(default=None, description="File with such keys, one a line.")
+    cors_origins: Annotated[tuple[Origin, ...] | None, *COMMA_LIST] = Field(
+        default=None, description="Web origins whose pages may read answers, or *; unset: none."
+    )
+    queue_timeout_s: float = Field(
+        default=60.0, gt=0, description="Longest wait for a place in the batch, in seconds, before 503."
+    )
+    request_timeout_s: float | None = Field(
+        default=None, gt=0, description="Longest time for a whole answer, in seconds, before 504; unset: any."
+    )
+    slow_reader_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        le=86400,
+        description="Seconds after which a client that reads nothing is dropped.",
+    )
+    drain_timeout_s: float = Field(
+        default=30.0, ge=0, description="Seconds that running requests have after SIGTERM."
+    )
     log_level: LogLevel = Field(default=LogLevel.INFO, description="Least severe log line that is written.")
+    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json.")
 
 
 class Settings(ServerSettings, EngineSettings, BaseSettings):
@@ -144,10 +145,15 @@ class Settings(ServerSettings, EngineSettings, BaseSettings):
 
     @property
     def model_name(self) -> str:
-        """The name requests use: the chosen one, else the folder's, else the hub id."""
+        """The name of the model in answers and metrics."""
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names requests may use: the chosen ones, else the folder's, else the hub id."""
         if self.served_model_name:
             return self.served_model_name
-        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+        return (Path(self.model).resolve().name if Path(self.model).is_dir() else self.model,)
 
     @classmethod
     def settings_customise_sources(
@@ -185,6 +191,11 @@ def variable_name(field: str) -> str:
     return ENV_PREFIX + field.upper()
 
 
+def takes_several(field: FieldInfo) -> bool:
+    """Whether a setting is a list: its flag may be repeated, its variable separates values by commas."""
+    return any(get_origin(kind) is tuple for kind in (field.annotation, *get_args(field.annotation)))
+
+
 def default_text(name: str, field: FieldInfo) -> str:
     """A setting's default as documentation shows it, without a path of this machine."""
     if name == "model":
@@ -214,8 +225,10 @@ def _read_yaml(path: Path) -> dict[str, object]:
             f"config {path}: cannot be read ({error.strerror}); pass a readable YAML file"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"config {path}: not YAML ({reason})") from error
+        # Not the library's whole message: it quotes the file, and the file may hold keys.
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else "its encoding"
+        raise SettingsError(f"config {path}: not YAML ({where}); mend it") from error
     if not isinstance(content, dict | None):
         raise SettingsError(f"config {path}: must hold `key: value` lines, found a {type(content).__name__}")
     values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
@@ -242,10 +255,12 @@ def refuse_unknown(key: str, known: Collection[str], kind: str) -> None:
 
 def _as_settings_error(error: ValidationError) -> SettingsError:
     first = error.errors(include_url=False, include_context=False)[0]
-    key, value = str(first["loc"][0]), first["input"]
-    remedy = first["msg"][0].lower() + first["msg"][1:]
+    key = str(first["loc"][0])
+    value = "(not shown)" if key == "api_key" else repr(first["input"])
+    reason = first["msg"].removeprefix("Value error, ")
+    remedy = reason[0].lower() + reason[1:]
     name = flag_name(key).removeprefix("--")
-    return SettingsError(f"{name} {value!r}: {remedy} (flag {flag_name(key)}, variable {variable_name(key)})")
+    return SettingsError(f"{name} {value}: {remedy} (flag {flag_name(key)}, variable {variable_name(key)})")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 # Proves the monitoring configuration against a running server with the real prometheus and promtool:
 # the configuration is valid, the server is scraped, and every query of the dashboard returns series.
 #   docker/check.sh [SERVER_URL]        default http://127.0.0.1:8000
+#   API_KEY_FILE=FILE docker/check.sh   for a server that needs a key
 set -euo pipefail
+key_file=$(realpath "${API_KEY_FILE:-$(dirname "$0")/prometheus/api_key}")
 cd "$(dirname "$0")"
 
 target=${1:-http://127.0.0.1:8000}
@@ -21,6 +23,7 @@ promtool check config prometheus/prometheus.yml
 pid=
 work=$(mktemp -d)
 trap 'kill "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true; rm -rf "$work"' EXIT
+cp "$key_file" "$work/api_key"
 # The shipped configuration with this server for a target, and fast enough for rates within seconds.
 sed -e "s/server:8000/$target/" -e 's/scrape_interval: .*/scrape_interval: 1s/' \
     -e 's/scrape_timeout: .*/scrape_timeout: 1s/' prometheus/prometheus.yml >"$work/prometheus.yml"

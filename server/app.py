@@ -6,17 +6,21 @@ Knows how the parts fit; `create_app` is also what `uvicorn --factory server.app
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.types import Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.settings import Settings
 from decoding.messages import Ready
+from server.auth import ApiKeys, KeyGate, warn_if_open
+from server.draining import DrainGate
 from server.edge import Edge
-from server.engine_client import StartListener
 from server.errors import ErrorAnswers
+from server.observers import StartListener
+from server.playground import router as playground_router
 from server.routes import router
 from server.served_model import ServedModel
 from server.worker import EngineLoader, load_engine
@@ -25,7 +29,10 @@ _log = logging.getLogger("layerskip.worker")
 
 
 class LogListener:
-    """Writes the worker's start to the log."""
+    """Writes the worker's start to the log; `url` is where it will serve, if that is known."""
+
+    def __init__(self, *, url: str | None = None) -> None:
+        self._url = url
 
     def loading(self, stage: str, fraction: float) -> None:
         """A stage is under way."""
@@ -33,7 +40,8 @@ class LogListener:
 
     def ready(self, ready: Ready) -> None:
         """The worker serves."""
-        _log.info("ready: %s on %s in %s", ready.model, ready.device, ready.dtype)
+        where = "" if self._url is None else f" at {self._url}"
+        _log.info("ready: %s on %s in %s%s", ready.model, ready.device, ready.dtype, where)
 
     def failed(self, message: str) -> None:
         """The worker will not serve, or serves no more."""
@@ -43,7 +51,7 @@ class LogListener:
 class LayerskipApp:
     """The ASGI application, with its model in reach of whoever runs it."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(self, model: ServedModel, keys: ApiKeys) -> None:
         self.model = model
         api = FastAPI(
             title="layerskip-server",
@@ -54,12 +62,22 @@ class LayerskipApp:
         )
         api.state.model = model
         api.include_router(router)
-        ErrorAnswers(count=model.metrics.rejected).register(api)
+        api.include_router(playground_router)
+        errors = ErrorAnswers(count=model.metrics.rejected)
+        errors.register(api)
+        self._work = DrainGate(api, is_draining=lambda: model.client.is_draining, refuse=errors.answer)
+        gate = KeyGate(self._work, keys=keys, refuse=errors.answer)
         self._edge = Edge(
-            api,
+            _readable_from(model.settings.cors_origins, gate),
             max_body_bytes=model.settings.max_body_bytes,
-            on_too_large=lambda: model.metrics.rejected("too_large"),
+            slow_reader_timeout_s=model.settings.slow_reader_timeout_s,
+            count=model.metrics.rejected,
         )
+
+    @property
+    def num_under_way(self) -> int:
+        """Requests for work that have not had their whole answer."""
+        return self._work.num_under_way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve."""
@@ -82,4 +100,19 @@ def create_app(
 ) -> LayerskipApp:
     """Make the application; without `settings` they come from the environment. Raises SettingsError."""
     chosen = Settings.load({}) if settings is None else settings
-    return LayerskipApp(ServedModel(chosen, load_engine=load, listener=listener or LogListener()))
+    keys = ApiKeys.chosen(chosen)
+    warn_if_open(chosen, keys)
+    return LayerskipApp(ServedModel(chosen, load_engine=load, listener=listener or LogListener()), keys)
+
+
+def _readable_from(origins: Sequence[str] | None, app: ASGIApp) -> ASGIApp:
+    """Let pages of these origins read answers. A key is a header and no cookie, so no credentials are allowed."""
+    if origins is None:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("Authorization", "Content-Type", "X-Request-Id"),
+        expose_headers=("X-Request-Id", "Retry-After"),
+    )

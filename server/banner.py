@@ -11,15 +11,14 @@ from decoding.messages import Ready
 
 
 class Terminal:
-    """Follows the worker's start on a stream. `has_failed` is set when the start came to nothing."""
+    """Follows the worker's start on a stream; with `needs_key` it shows how to send one."""
 
-    def __init__(self, stream: TextIO, *, url: str, model_name: str) -> None:
+    def __init__(self, stream: TextIO, *, url: str, model_name: str, needs_key: bool) -> None:
         self._stream = stream
         self._url = url
         self._model_name = model_name
-        self._is_ready = False
+        self._needs_key = needs_key
         self._latest = ("", -1)
-        self.has_failed = False
 
     def loading(self, stage: str, fraction: float) -> None:
         """One line for every new stage and every tenth of it."""
@@ -30,23 +29,22 @@ class Terminal:
 
     def ready(self, ready: Ready) -> None:
         """The banner."""
-        self._is_ready = True
-        self._print(banner(ready, url=self._url, model_name=self._model_name))
+        self._print(banner(ready, url=self._url, model_name=self._model_name, needs_key=self._needs_key))
 
     def failed(self, message: str) -> None:
         """The one line; a worker that dies later leaves the server up, to say so."""
         self._print(f"layerskip: {message}")
-        self.has_failed = not self._is_ready
 
     def _print(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
 
-def banner(ready: Ready, *, url: str, model_name: str) -> str:
+def banner(ready: Ready, *, url: str, model_name: str, needs_key: bool) -> str:
     """Where the model is served, in what shape, and two commands to try."""
     limits = ready.limits
     kv_tokens = limits.num_blocks * limits.block_size
     layers = ", ".join(map(str, limits.allowed_exit_layers))
+    key = '-H "Authorization: Bearer $LAYERSKIP_API_KEY" ' if needs_key else ""
     concurrency = min(limits.max_num_seqs, kv_tokens / limits.max_model_len)
     return f"""
 layerskip serves {model_name} at {url}
@@ -55,8 +53,8 @@ layerskip serves {model_name} at {url}
   KV cache     {kv_tokens:,} tokens: {concurrency:.1f} sequences of {limits.max_model_len:,} tokens at once
   metrics      {url}/metrics
 
-{curl(url)}
-{curl(url, extra=', "stream": true', flags="-N ")}
+{curl(url, flags=key)}
+{curl(url, extra=', "stream": true', flags=f"-N {key}")}
 """
 
 

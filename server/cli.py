@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import inspect
-import logging
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -16,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from config.errors import SettingsError, StartupError
-from config.settings import Settings, default_text, flag_name, refuse_unknown, variable_name
+from config.setting_types import LogFormat
+from config.settings import (
+    Settings,
+    default_text,
+    flag_name,
+    refuse_unknown,
+    takes_several,
+    variable_name,
+)
+from server.commands.verify import verify
 from training.commands.convert import convert
 from training.commands.heal import heal
 from training.commands.inspect import inspect as inspect_layers
@@ -24,13 +32,13 @@ from training.commands.sweep import sweep
 from training.commands.train import train
 
 if TYPE_CHECKING:
+    from server.observers import StartListener
     from server.worker import EngineLoader
 
 app = typer.Typer(
     name="layerskip", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
-_LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _BACKLOG: Final = 2048
 # Unknown flags are left to us, so that the refusal is one line like every other.
 _FLAGS_PASS: Final = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -52,30 +60,30 @@ def _with_settings_flags(command: Callable[..., None]) -> Callable[..., None]:
     for name, field in Settings.model_fields.items():
         help_text = f"{field.description} [{variable_name(name)}; default: {default_text(name, field)}]"
         option = typer.Option(flag_name(name), metavar="VALUE", help=help_text, show_default=False)
-        parameters.append(_parameter(name, option))
+        parameters.append(_parameter(name, option, takes_several=takes_several(field)))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def _parameter(name: str, kind: object) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, kind]
-    )
+def _parameter(name: str, kind: object, *, takes_several: bool = False) -> inspect.Parameter:
+    annotation = Annotated[list[str] | None, kind] if takes_several else Annotated[str | None, kind]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 @app.command(context_settings=_FLAGS_PASS)
 @_with_settings_flags
-def serve(context: typer.Context, **values: str | None) -> None:
+def serve(context: typer.Context, **values: str | list[str] | None) -> None:
     """Serve a checkpoint over HTTP; without MODEL, the bundled one. Flags win over LAYERSKIP_* variables,
     these over the YAML file of --config, and that over the defaults.
     """
     from server.worker import load_engine
 
-    raise typer.Exit(run(chosen_settings(context.args, values), load=load_engine))
+    given = {name: ",".join(value) if isinstance(value, list) else value for name, value in values.items()}
+    raise typer.Exit(run(chosen_settings(context.args, given), load=load_engine))
 
 
-for _command in (train, heal, convert, sweep):
+for _command in (train, heal, convert, sweep, verify):
     app.command()(_command)
 app.command("inspect")(inspect_layers)
 
@@ -97,16 +105,26 @@ def chosen_settings(extra: list[str], values: Mapping[str, str | None]) -> Setti
 def run(settings: Settings, *, load: EngineLoader) -> int:
     """Serve until a signal comes; returns the exit code. Raises SettingsError when the port is taken."""
     from server.app import create_app
-    from server.banner import Terminal
     from server.http_server import HttpServer
+    from server.request_log import start_logging
 
-    logging.basicConfig(level=settings.log_level.upper(), format=_LOG_FORMAT, stream=sys.stderr)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    start_logging(settings.log_level, settings.log_format)
     # The port is taken before the worker starts: loading a model to then find it busy helps nobody.
     with listen(settings.host, settings.port) as listener:
-        terminal = Terminal(sys.stderr, url=url_of(listener), model_name=settings.model_name)
-        HttpServer(create_app(settings, load=load, listener=terminal), terminal).serve_until_signal(listener)
-    return 1 if terminal.has_failed else 0
+        application = create_app(settings, load=load, listener=_start_listener(settings, url_of(listener)))
+        HttpServer(application).serve_until_signal(listener)
+    return 1 if application.model.client.has_failed_to_start else 0
+
+
+def _start_listener(settings: Settings, url: str) -> StartListener:
+    """Who tells how the start goes: words for people, or the log where every line must be JSON."""
+    from server.app import LogListener
+    from server.banner import Terminal
+
+    if settings.log_format is LogFormat.JSON:
+        return LogListener(url=url)
+    needs_key = settings.api_key is not None or settings.api_key_file is not None
+    return Terminal(sys.stderr, url=url, model_name=settings.model_name, needs_key=needs_key)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -1,50 +1,24 @@
-"""A completion request becomes sequences, and what they decode becomes chunks of text.
+"""Completions: what a request's body means, and how chunks are written as OpenAI's text completions.
 
-Knows requests, choices and text; knows nothing of HTTP. The complete answer is a fold over the very chunks
-that a stream sends.
+Knows prompts of text and of ids; how they are decoded is in `generation`.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Final
 
-from decoding.messages import SEED_BITS, Generate, sequence_seed
-from server.choices import ChoiceProgress, Chunk
-from server.drafts import DraftTally
-from server.engine_client import Arrival
-from server.errors import ApiError
-from server.limits import (
-    Speculation,
-    check_counts,
-    resolve_max_tokens,
-    resolve_sampling,
-    resolve_speculation,
-)
-from server.openai_types import (
-    AnswerMetrics,
-    Choice,
-    CompletionAnswer,
-    CompletionRequest,
-    Prompt,
-    Usage,
-)
+from server.choices import Chunk
+from server.errors import InvalidRequest
+from server.generation import GenerationPlan, PlannedPrompt, SequencePlanner
+from server.limits import TokenBudget, check_counts, resolve_speculation, resolve_truncation
+from server.logprobs import ScoredTokens, TokenWriter, prompt_offsets
+from server.openai_types import CompletionRequest, JsonObject, Prompt
 from server.served_model import ServedModel
+from server.vocabulary import Vocabulary
 
-
-@dataclass(frozen=True, slots=True)
-class CompletionPlan:
-    """A request that has passed every check: its ids, and one sequence for each choice of each prompt."""
-
-    request: CompletionRequest
-    answer_id: str
-    created_s: int
-    received_s: float
-    prompts: Sequence[Sequence[int]]
-    sequences: Sequence[Generate]
-    speculation: Speculation
+_DEFAULT_MAX_TOKENS: Final = 16
 
 
 async def plan_completion(
@@ -53,188 +27,123 @@ async def plan_completion(
     *,
     answer_id: str,
     clock: Callable[[], float] = time.monotonic,
-) -> CompletionPlan:
+) -> GenerationPlan:
     """Check a request against the model and tokenise it. Raises ApiError; takes no resource of the worker."""
     received_s = clock()
     model.answer_to(request.model)
-    ready = model.client.ready
+    limits = model.client.ready.limits
     check_counts(request, model.settings)
-    speculation = resolve_speculation(request, ready.limits)
-    prompts = [await model.codec.encode(prompt) for prompt in request.prompt]
-    return CompletionPlan(
+    if request.max_tokens == 0 and not request.echo:
+        raise InvalidRequest("`max_tokens` must be at least 1, or 0 with `echo: true`", param="max_tokens")
+    speculation = resolve_speculation(request, limits)
+    budget = TokenBudget(asked=request.max_tokens, default=_DEFAULT_MAX_TOKENS)
+    prompts = await _prompts(request, model, budget)
+    planner = SequencePlanner(request, model, budget, _num_prompt_top(request))
+    return GenerationPlan(
         request=request,
-        answer_id=answer_id,
-        created_s=int(time.time()),
-        received_s=received_s,
         prompts=prompts,
-        sequences=_sequences(request, model, prompts, speculation),
+        sequences=planner.sequences(prompts),
         speculation=speculation,
+        form=CompletionForm(request, prompts, model.codec.vocabulary),
+        answer_id=answer_id,
+        received_s=received_s,
     )
 
 
-def _sequences(
-    request: CompletionRequest, model: ServedModel, prompts: Sequence[list[int]], speculation: Speculation
-) -> list[Generate]:
-    ready = model.client.ready
-    sampling = resolve_sampling(request, ready.sampling)
-    seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
-    return [
-        Generate(
-            sequence_id=model.client.next_sequence_id(),
-            prompt_ids=prompt_ids,
-            max_new_tokens=resolve_max_tokens(
-                request, prompt_tokens=len(prompt_ids), context_tokens=ready.limits.max_model_len
-            ),
-            sampling=sampling,
-            seed=sequence_seed(seed, prompt_index=prompt_index, choice_index=choice_index),
-            stop_token_ids=[] if request.ignore_eos else ready.text.eos_token_ids,
-            exit_layer=speculation.exit_layer,
-            draft_length=speculation.draft_length,
+async def _prompts(
+    request: CompletionRequest, model: ServedModel, budget: TokenBudget
+) -> list[PlannedPrompt]:
+    codec, context_tokens = model.codec, model.client.ready.limits.max_model_len
+    limit = codec.prompt_limit(max_new_tokens=0 if request.max_tokens == 0 else 1, param="prompt")
+    keep_last = resolve_truncation(request, budget, context_tokens=context_tokens)
+    add_special_tokens = request.add_special_tokens is not False
+    decode = codec.decoder(skip_special_tokens=request.hides_special_tokens)
+
+    async def planned(prompt: Prompt) -> PlannedPrompt:
+        token_ids = await codec.encode_prompt(
+            prompt, limit, add_special_tokens=add_special_tokens, keep_last=keep_last
         )
-        for prompt_index, prompt_ids in enumerate(prompts)
-        for choice_index in range(request.num_choices)
-    ]
+        if not request.echo:
+            return PlannedPrompt(token_ids)
+        is_whole = keep_last is None
+        return PlannedPrompt(token_ids, prompt if is_whole and isinstance(prompt, str) else decode(token_ids))
+
+    return [await planned(prompt) for prompt in request.prompt]
 
 
-class Completion:
-    """A planned request while it runs. Close it when done, however that came about: nothing is left decoding.
+def _num_prompt_top(request: CompletionRequest) -> int | None:
+    """Most probable tokens to report beside each of a prompt's: for its own sake, or to echo it with the rest."""
+    asked = (request.prompt_logprobs, request.logprobs if request.echo else None)
+    return max((count for count in asked if count is not None), default=None)
 
-    Raises QueueFull and Unavailable when the worker takes no more.
-    """
 
-    def __init__(self, plan: CompletionPlan, model: ServedModel) -> None:
-        self.plan = plan
-        self.model_name = model.name
-        self._model = model
-        self._drafts = DraftTally()
-        self._choices = {
-            sequence.sequence_id: self._progress(index, sequence)
-            for index, sequence in enumerate(plan.sequences)
+class CompletionForm:
+    """Writes text completions; a stream's choices have the same shape as whole ones."""
+
+    whole_kind = part_kind = "text_completion"
+
+    def __init__(
+        self, request: CompletionRequest, prompts: Sequence[PlannedPrompt], vocabulary: Vocabulary
+    ) -> None:
+        self._request = request
+        self._prompts = prompts
+        self._vocabulary = vocabulary
+        self._write = TokenWriter(vocabulary, as_ids=bool(request.return_tokens_as_token_ids))
+
+    def opening(self) -> Sequence[JsonObject]:
+        """Nothing: the first text opens the stream."""
+        return ()
+
+    def part(self, chunk: Chunk) -> JsonObject | None:
+        """A chunk as a choice of a stream; None if it says nothing."""
+        reports = self._request.reports_tokens and chunk.token_ids
+        shows_prompt = chunk.is_first and (self._request.echo or self._request.return_token_ids)
+        says_something = chunk.text or chunk.finish_reason or reports or shows_prompt
+        return self.choice(chunk) if says_something else None
+
+    def choice(self, whole: Chunk) -> JsonObject:
+        """A whole choice, the prompt in front where it is echoed."""
+        prompt = self._prompts[whole.choice_index // self._request.num_choices]
+        text = prompt.echo + whole.text if whole.is_first else whole.text
+        choice: JsonObject = {
+            "index": whole.choice_index,
+            "text": text,
+            "logprobs": self._logprobs(prompt, whole),
+            "finish_reason": whole.finish_reason,
+            "stop_reason": whole.stop_reason,
         }
-        self._max_draft_length = model.client.ready.limits.max_draft_length
-        self._is_closed = False
-        self._stream = model.client.submit(plan.sequences)
-        model.metrics.request_n.observe(plan.request.num_choices)
+        return choice | self._asked_for(prompt, whole)
 
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        prompt_tokens = sum(map(len, self.plan.prompts))
-        completion_tokens = sum(choice.num_tokens for choice in self._choices.values())
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens},
-        }
+    def beside(self, wholes: Sequence[Chunk]) -> JsonObject:
+        """Nothing: what was asked for stands in the choices."""
+        return {}
 
-    @property
-    def metrics(self) -> AnswerMetrics:
-        """How the drafts fared so far, over all choices."""
-        num_drafts, num_drafted = self._drafts.num_drafts, self._drafts.num_draft_tokens
-        num_kept = self._drafts.num_kept_tokens
-        return {
-            "speculative_decoding": {
-                "mean_acceptance_length": 1 + num_kept / num_drafts if num_drafts else None,
-                "draft_acceptance_rate": num_kept / num_drafted if num_drafted else None,
-                "acceptance_histogram": self._drafts.kept_histogram(max_draft_length=self._max_draft_length),
-                "num_spec_steps": num_drafts,
-                "num_accepted_draft_tokens": num_kept,
-                "num_draft_tokens": num_drafted,
-                "num_spec_tokens": self._max_draft_length,
-                "exit_layer": self.plan.speculation.exit_layer,
-                "exit_layer_used": self._drafts.main_exit_layer,
-                "draft_length": self.plan.speculation.draft_length,
-            }
-        }
-
-    async def chunks(self) -> AsyncIterator[Sequence[Chunk]]:
-        """Chunks of all choices as they come, those that came together at once. Raises ApiError midway."""
-        if self.plan.request.echo:
-            yield [Chunk(choice.index, self._echo(choice.index)) for choice in self._choices.values()]
-        try:
-            while any(choice.finish_reason is None for choice in self._choices.values()):
-                chunks = [self._take(arrival) for arrival in await self._stream.next()]
-                yield [chunk for chunk in chunks if chunk is not None]
-        except ApiError:
-            self._end("error")
-            raise
-
-    def close(self) -> None:
-        """Abort what still runs; it counts as given up by the client. Closing twice does nothing."""
-        self._end("abort")
-
-    async def complete(self) -> CompletionAnswer:
-        """Wait for every choice and put the answer together."""
-        texts = [""] * len(self._choices)
-        last: dict[int, Chunk] = {}
-        async for chunks in self.chunks():
-            for chunk in chunks:
-                texts[chunk.choice_index] += chunk.text
-                last[chunk.choice_index] = chunk
-        return self._answer([_choice(text, last[index]) for index, text in enumerate(texts)])
-
-    def _answer(self, choices: list[Choice]) -> CompletionAnswer:
-        return {
-            "id": self.plan.answer_id,
-            "object": "text_completion",
-            "created": self.plan.created_s,
-            "model": self.model_name,
-            "choices": choices,
-            "usage": self.usage,
-            "metrics": self.metrics,
-            "system_fingerprint": None,
-        }
-
-    @property
-    def _num_cached_tokens(self) -> int:
-        return sum(choice.num_cached_tokens for choice in self._choices.values() if self._is_first(choice))
-
-    def _is_first(self, choice: ChoiceProgress) -> bool:
-        """Whether this is the choice that a prompt is counted with."""
-        return choice.index % self.plan.request.num_choices == 0
-
-    def _progress(self, index: int, sequence: Generate) -> ChoiceProgress:
-        text = self._model.codec.text_stream(
-            prompt_ids=sequence.prompt_ids, stop_strings=self.plan.request.stop_strings
-        )
-        return ChoiceProgress(index, sequence, text, received_s=self.plan.received_s)
-
-    def _echo(self, choice_index: int) -> str:
-        prompt: Prompt = self.plan.request.prompt[choice_index // self.plan.request.num_choices]
-        return prompt if isinstance(prompt, str) else self._model.codec.decode(prompt)
-
-    def _take(self, arrival: Arrival) -> Chunk | None:
-        """The chunk of an event; None if it came together with the one that completed a stop string."""
-        decoded = arrival.decoded
-        choice = self._choices[decoded.sequence_id]
-        if choice.finish_reason is not None:
-            self._model.metrics.discarded(len(decoded.token_ids))
+    def _logprobs(self, prompt: PlannedPrompt, whole: Chunk) -> JsonObject | None:
+        if self._request.logprobs is None:
             return None
-        if not choice.has_begun and self._is_first(choice):
-            self._model.metrics.prompt_tokens.inc(len(choice.sequence.prompt_ids))
-        self._drafts.record(exit_layer=decoded.exit_layer, drafted=decoded.drafted, kept=decoded.kept)
-        chunk = choice.take(arrival, self._model.metrics)
-        if chunk.stop_reason is not None:
-            self._stream.end(decoded.sequence_id)
-        return chunk
+        tokens = ScoredTokens(whole.token_ids, whole.text_offsets, whole.logprobs)
+        if self._request.echo and whole.is_first:
+            tokens = self._prompt_and(tokens, prompt, whole)
+        return self._write.completion(tokens, num_top=self._request.logprobs)
 
-    def _end(self, reason: str) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._model.metrics.discarded(self._stream.close())
-        for choice in self._choices.values():
-            if choice.finish_reason is None:
-                self._model.metrics.finished(reason)
-                self._model.metrics.aborted.inc(reason == "abort")
+    def _prompt_and(self, tokens: ScoredTokens, prompt: PlannedPrompt, whole: Chunk) -> ScoredTokens:
+        offsets = prompt_offsets(prompt.token_ids, prompt.echo, self._vocabulary)
+        return ScoredTokens(
+            [*prompt.token_ids, *tokens.token_ids],
+            [*offsets, *tokens.offsets],
+            [None, *whole.prompt_logprobs, *tokens.logprobs],
+        )
 
-
-def _choice(text: str, last: Chunk) -> Choice:
-    return {
-        "index": last.choice_index,
-        "text": text,
-        "logprobs": None,
-        "finish_reason": last.finish_reason,
-        "stop_reason": last.stop_reason,
-    }
+    def _asked_for(self, prompt: PlannedPrompt, whole: Chunk) -> JsonObject:
+        """What a choice has only on request."""
+        request, fields = self._request, JsonObject()
+        if request.return_token_ids:
+            fields["token_ids"] = list(whole.token_ids)
+            fields["prompt_token_ids"] = list(prompt.token_ids) if whole.is_first else None
+        if request.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = self._write.prompt(
+                prompt.token_ids, whole.prompt_logprobs, num_top=request.prompt_logprobs
+            )
+        if request.return_draft_trace:
+            fields["draft_trace"] = self._write.trace(whole.drafts)
+        return fields

@@ -6,7 +6,20 @@ The same tally serves one answer's statistics and the metrics of the whole serve
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from decoding.messages import Drafter
+
+
+@dataclass(frozen=True, slots=True)
+class CycleDrafts:
+    """What one cycle of one sequence drafted, kept ones first; a cycle may draft nothing."""
+
+    drafted_ids: Sequence[int]
+    kept: int
+    exit_layer: int
+    drafter: Drafter
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +33,19 @@ class PositionCounts:
 
 @dataclass(slots=True)
 class DraftTally:
-    """How often a cycle drafted `drafted` tokens at an exit layer and kept `kept` of them.
+    """How often a cycle of one drafter drafted `drafted` tokens at an exit layer and kept `kept` of them.
 
     Everything else is derived from these counts. A cycle that drafted nothing is counted for its exit layer
     and for nothing else.
     """
 
-    _cycles: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    _cycles: Counter[tuple[int, Drafter, int, int]] = field(default_factory=Counter)
 
-    def record(self, *, exit_layer: int, drafted: int, kept: int) -> None:
+    def record(
+        self, *, exit_layer: int, drafted: int, kept: int, drafter: Drafter = Drafter.EARLY_EXIT
+    ) -> None:
         """Add one sequence's cycle."""
-        self._cycles[exit_layer, drafted, kept] += 1
+        self._cycles[exit_layer, drafter, drafted, kept] += 1
 
     def add(self, other: DraftTally) -> None:
         """Add everything `other` counted."""
@@ -39,41 +54,59 @@ class DraftTally:
     @property
     def num_drafts(self) -> int:
         """Cycles that drafted at least one token."""
-        return sum(count for (_, drafted, _), count in self._cycles.items() if drafted)
+        return sum(count for (_, _, drafted, _), count in self._cycles.items() if drafted)
 
     @property
     def num_draft_tokens(self) -> int:
         """Tokens proposed."""
-        return sum(drafted * count for (_, drafted, _), count in self._cycles.items())
+        return sum(drafted * count for (_, _, drafted, _), count in self._cycles.items())
 
     @property
     def num_kept_tokens(self) -> int:
         """Tokens kept."""
-        return sum(kept * count for (_, _, kept), count in self._cycles.items())
+        return sum(kept * count for (_, _, _, kept), count in self._cycles.items())
+
+    @property
+    def by_drafter(self) -> dict[str, int]:
+        """Tokens proposed by each drafter that proposed any, early exit in any case."""
+        counts = Counter({str(Drafter.EARLY_EXIT): 0})
+        for (_, drafter, drafted, _), count in self._cycles.items():
+            if drafted:
+                counts[str(drafter)] += drafted * count
+        return dict(counts)
 
     @property
     def main_exit_layer(self) -> int | None:
         """The exit layer of most cycles, None before the first."""
         layers: Counter[int] = Counter()
-        for (exit_layer, _, _), count in self._cycles.items():
+        for (exit_layer, _, _, _), count in self._cycles.items():
             layers[exit_layer] += count
         return layers.most_common(1)[0][0] if layers else None
 
     def kept_histogram(self, *, max_draft_length: int) -> list[int]:
         """How many drafting cycles kept 0, 1, … `max_draft_length` tokens."""
         histogram = [0] * (max_draft_length + 1)
-        for (_, drafted, kept), count in self._cycles.items():
+        for (_, _, drafted, kept), count in self._cycles.items():
             if drafted:
                 histogram[kept] += count
         return histogram
 
-    def by_position(self) -> dict[tuple[int, int], PositionCounts]:
-        """Counts for every (exit layer, position) that was ever proposed."""
+    @property
+    def kept_by_drafter(self) -> dict[str, int]:
+        """Tokens kept of each drafter in `by_drafter`."""
+        counts = Counter(dict.fromkeys(self.by_drafter, 0))
+        for (_, drafter, drafted, kept), count in self._cycles.items():
+            if drafted:
+                counts[str(drafter)] += kept * count
+        return dict(counts)
+
+    def by_position(self, *drafters: Drafter) -> dict[tuple[int, int], PositionCounts]:
+        """Counts for every (exit layer, position) that these drafters ever proposed."""
         proposed: Counter[tuple[int, int]] = Counter()
         reached: Counter[tuple[int, int]] = Counter()
         kept_at: Counter[tuple[int, int]] = Counter()
-        for (exit_layer, drafted, kept), count in self._cycles.items():
-            for position in range(drafted):
+        for (exit_layer, drafter, drafted, kept), count in self._cycles.items():
+            for position in range(drafted if drafter in drafters else 0):
                 key = exit_layer, position
                 proposed[key] += count
                 reached[key] += count if position <= kept else 0

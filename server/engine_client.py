@@ -11,14 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final
 
 from decoding.messages import Abort, Decoded, Event, Failed, Generate, Load, Loading, Ready, StepReport
+from server.deadlines import Deadlines
 from server.errors import ApiError, InvalidRequest, QueueFull, SlowReader, Unavailable, WorkerLost
+from server.observers import StartListener, StepObserver
 from server.supervisor import WorkerCallbacks, WorkerProcess
 
 # For each sequence. One that is read needs far less; what is behind more is a client that stopped reading.
 _MAX_PENDING_EVENTS: Final = 4096
+_NO_DEADLINES: Final = Deadlines()
 
 
 class WorkerState(StrEnum):
@@ -27,32 +30,6 @@ class WorkerState(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DEAD = "dead"
-
-
-class StartListener(Protocol):
-    """Who wants to hear how the start goes: a terminal, a log."""
-
-    def loading(self, stage: str, fraction: float) -> None:
-        """A stage is under way."""
-
-    def ready(self, ready: Ready) -> None:
-        """The worker serves."""
-
-    def failed(self, message: str) -> None:
-        """The worker will never serve, or serves no more; `message` is one line."""
-
-
-class StepObserver(Protocol):
-    """Who counts what the worker does."""
-
-    def worker_ready(self, ready: Ready) -> None:
-        """The worker serves from now on."""
-
-    def step(self, report: StepReport) -> None:
-        """A step ended."""
-
-    def discarded(self, num_tokens: int) -> None:
-        """Tokens came for a sequence that nobody waits for any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +53,13 @@ class TokenStream:
         self._arrivals: list[Arrival] = []
         self._error: ApiError | None = None
         self._wake_up = asyncio.Event()
+        self._timers: Sequence[asyncio.TimerHandle] = ()
+        self.has_begun = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any of its sequences still waits or runs."""
+        return bool(self._open)
 
     async def next(self) -> Sequence[Arrival]:
         """Everything that came since the last call, at least one. Raises the ApiError that ended it."""
@@ -95,14 +79,22 @@ class TokenStream:
 
     def close(self) -> int:
         """Nothing more is wanted at all; returns how many tokens had come and were not read."""
-        if self._open:
-            still_open, self._open = self._open, set()
-            self._abort(sorted(still_open))
+        self._abort_open()
         unread, self._arrivals = self._arrivals, []
         return sum(len(arrival.decoded.token_ids) for arrival in unread)
 
+    def stop(self, error: ApiError) -> None:
+        """For a deadline: abort what is open and end with `error`, after the events that already came."""
+        self._abort_open()
+        self.fail(error)
+
+    def limit(self, timers: Sequence[asyncio.TimerHandle]) -> None:
+        """For the client: timers that end with the stream."""
+        self._timers = timers
+
     def push(self, arrival: Arrival) -> None:
         """For the client: add an event."""
+        self.has_begun = True
         if arrival.decoded.finish_reason is not None:
             self._open.discard(arrival.decoded.sequence_id)
         self._arrivals.append(arrival)
@@ -116,6 +108,13 @@ class TokenStream:
         self._error = error
         self._wake_up.set()
 
+    def _abort_open(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        if self._open:
+            still_open, self._open = self._open, set()
+            self._abort(sorted(still_open))
+
 
 class EngineClient:
     """Submits sequences to one worker and hands each event to the stream that waits for it.
@@ -128,12 +127,14 @@ class EngineClient:
         process: WorkerProcess,
         *,
         max_queued: int,
+        deadlines: Deadlines = _NO_DEADLINES,
         observer: StepObserver,
         listener: StartListener,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._process = process
         self._max_queued = max_queued
+        self._deadlines = deadlines
         self._observer = observer
         self._listener = listener
         self._clock = clock
@@ -142,6 +143,7 @@ class EngineClient:
         self._ready: Ready | None = None
         self._heard_at_s = clock()
         self._is_stopping = False
+        self.is_draining = False
         self.state = WorkerState.LOADING
         self.stage = "starting"
         self.fraction = 0.0
@@ -156,6 +158,11 @@ class EngineClient:
     def is_up(self) -> bool:
         """Whether the worker serves."""
         return self.state is WorkerState.READY
+
+    @property
+    def has_failed_to_start(self) -> bool:
+        """Whether the worker ended before it ever served."""
+        return self.state is WorkerState.DEAD and self._ready is None
 
     @property
     def num_open(self) -> int:
@@ -192,6 +199,10 @@ class EngineClient:
         self.refuse_work()
         await self._process.stop()
 
+    def drain(self) -> None:
+        """Let what is open come to its end; whoever lets requests in must let in no more."""
+        self.is_draining = True
+
     def refuse_work(self) -> None:
         """Let nothing in any more and end every open stream with an error."""
         self._is_stopping = True
@@ -216,7 +227,20 @@ class EngineClient:
         for sequence in sequences:
             self._streams[sequence.sequence_id] = stream
             self._process.send(sequence)
+        stream.limit(
+            self._deadlines.start(
+                stream, is_waiting=lambda: self._is_waiting(stream), count=self._observer.expired
+            )
+        )
         return stream
+
+    def _is_waiting(self, stream: TokenStream) -> bool:
+        """Whether none of a stream's sequences has a place in the batch: the oldest that are open have them.
+
+        The very first always has one, even if the worker has not said so yet.
+        """
+        num_running = max(1, self.load.num_running)
+        return stream not in itertools.islice(self._streams.values(), num_running)
 
     def _abort(self, sequence_ids: Sequence[int]) -> None:
         running = [sequence_id for sequence_id in sequence_ids if self._streams.pop(sequence_id, None)]

@@ -62,8 +62,8 @@ class PromptTooLong(ApiError):
     code = "context_length_exceeded"
     rejection = "context"
 
-    def __init__(self, *, what: str, limit_tokens: int) -> None:
-        super().__init__(f"the prompt has {what}; at most {limit_tokens} tokens fit", param="prompt")
+    def __init__(self, *, what: str, limit_tokens: int, param: str = "prompt") -> None:
+        super().__init__(f"the prompt has {what}; at most {limit_tokens} tokens fit", param=param)
 
 
 class AnswerTooLong(ApiError):
@@ -72,11 +72,13 @@ class AnswerTooLong(ApiError):
     code = "context_length_exceeded"
     rejection = "context"
 
-    def __init__(self, *, prompt_tokens: int, max_tokens: int, context_tokens: int) -> None:
+    def __init__(
+        self, *, prompt_tokens: int, max_tokens: int, context_tokens: int, param: str = "max_tokens"
+    ) -> None:
         super().__init__(
-            f"max_tokens {max_tokens} does not fit: the context is {context_tokens} tokens and the prompt "
+            f"{param} {max_tokens} does not fit: the context is {context_tokens} tokens and the prompt "
             f"has {prompt_tokens}; ask for at most {context_tokens - prompt_tokens}",
-            param="max_tokens",
+            param=param,
         )
 
 
@@ -89,6 +91,22 @@ class ModelNotFound(ApiError):
 
     def __init__(self, asked: str, *, served: str) -> None:
         super().__init__(f"model `{asked[:100]}` is not served here; `{served}` is", param="model")
+
+
+class Unauthorized(ApiError):
+    """The request bears no key, or none of this server's; which of the two is not said."""
+
+    status = 401
+    code = "invalid_api_key"
+    rejection = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__("a valid API key is needed, sent as `Authorization: Bearer KEY`")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """How to ask instead."""
+        return {"WWW-Authenticate": "Bearer"}
 
 
 class QueueFull(ApiError):
@@ -112,6 +130,46 @@ class Unavailable(ApiError):
     code = "unavailable"
     rejection = "unavailable"
     retry_after_s = 1
+
+
+class Draining(Unavailable):
+    """The server finishes what it has and takes nothing new."""
+
+    code = "draining"
+    rejection = "draining"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down and takes no new requests")
+
+
+class QueueTimeout(ApiError):
+    """The request waited too long for a place in the batch; nothing of it was decoded."""
+
+    status = 503
+    type = "server_error"
+    code = "queue_timeout"
+    rejection = None
+    retry_after_s = 1
+
+    def __init__(self, *, timeout_s: float) -> None:
+        super().__init__(f"no place in the batch came free within {timeout_s:g} s; try again later")
+
+
+class RequestTimeout(ApiError):
+    """The whole answer took longer than the operator allows."""
+
+    status = 504
+    type = "server_error"
+    code = "request_timeout"
+    rejection = None
+
+    def __init__(self, *, timeout_s: float) -> None:
+        super().__init__(f"the answer was not complete within {timeout_s:g} s; ask for less")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The same again would take as long: OpenAI's clients heed this and do not retry."""
+        return {"x-should-retry": "false"}
 
 
 class WorkerLost(ApiError):
@@ -152,11 +210,15 @@ class ErrorAnswers:
         app.add_exception_handler(HTTPException, self._answer_http_error)
         app.add_exception_handler(Exception, self._answer_bug)
 
-    async def _answer_api_error(self, _: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, ApiError)
+    def answer(self, error: ApiError) -> JSONResponse:
+        """The answer to a request that is refused; counts it."""
         if error.rejection is not None:
             self._count(error.rejection)
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+    async def _answer_api_error(self, _: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return self.answer(error)
 
     async def _answer_validation_error(self, request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

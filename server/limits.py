@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from config.settings import ServerSettings
-from decoding.messages import Limits, SamplingParams
+from decoding.messages import Drafter, Limits, LogitEdits, SamplingParams
 from server.errors import AnswerTooLong, InvalidRequest
-from server.openai_types import CompletionRequest
+from server.openai_params import GenerationParams
 
-_DEFAULT_MAX_TOKENS: Final = 16
+_MAX_STOP_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,24 @@ class Speculation:
 
     exit_layer: int
     draft_length: int
+    drafter: Drafter = Drafter.EARLY_EXIT
 
 
-def check_counts(request: CompletionRequest, settings: ServerSettings) -> None:
-    """Bound prompts, choices and stop strings. Raises InvalidRequest."""
-    num_prompts, num_choices = len(request.prompt), request.num_choices
+@dataclass(frozen=True, slots=True)
+class TokenBudget:
+    """New tokens a request asks for under the name `param`, and what it gets if it asks for none.
+
+    `default` None is all that the context has room for.
+    """
+
+    asked: int | None
+    default: int | None
+    param: str = "max_tokens"
+
+
+def check_counts(request: GenerationParams, settings: ServerSettings) -> None:
+    """Bound prompts, choices and what stops them; check streaming options. Raises InvalidRequest."""
+    num_prompts, num_choices = request.num_prompts, request.num_choices
     _at_most(num_choices, settings.max_n, "n")
     _at_most(num_prompts, settings.max_prompts, "prompt")
     if num_prompts * num_choices > settings.max_sequences_per_request:
@@ -36,15 +49,18 @@ def check_counts(request: CompletionRequest, settings: ServerSettings) -> None:
         )
     if request.best_of is not None and request.best_of != num_choices:
         raise InvalidRequest(f"`best_of` must equal `n` ({num_choices})", param="best_of")
+    _at_most(len(request.stop_token_ids or ()), _MAX_STOP_TOKENS, "stop_token_ids")
     _at_most(len(request.stop_strings), settings.max_stop_strings, "stop")
     if any(len(stop) > settings.max_stop_string_chars for stop in request.stop_strings):
         most = settings.max_stop_string_chars
         raise InvalidRequest(f"a stop string may have at most {most} characters", param="stop")
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("`prompt_logprobs` is not available in a stream", param="prompt_logprobs")
 
 
-def resolve_speculation(request: CompletionRequest, limits: Limits) -> Speculation:
+def resolve_speculation(request: GenerationParams, limits: Limits) -> Speculation:
     """Exit layer and draft length, the server's where the request names none. Raises InvalidRequest."""
     exit_layer, draft_length = request.exit_layer, request.draft_length
     if exit_layer is not None and exit_layer not in limits.allowed_exit_layers:
@@ -57,10 +73,13 @@ def resolve_speculation(request: CompletionRequest, limits: Limits) -> Speculati
     return Speculation(
         exit_layer=limits.default_exit_layer if exit_layer is None else exit_layer,
         draft_length=limits.default_draft_length if draft_length is None else draft_length,
+        drafter=request.drafter or Drafter.EARLY_EXIT,
     )
 
 
-def resolve_sampling(request: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
+def resolve_sampling(
+    request: GenerationParams, defaults: SamplingParams, edits: LogitEdits | None = None
+) -> SamplingParams:
     """The request's sampling parameters, the checkpoint's where it names none."""
     top_k = defaults.top_k if request.top_k is None else max(request.top_k, 0)
     return SamplingParams(
@@ -68,19 +87,39 @@ def resolve_sampling(request: CompletionRequest, defaults: SamplingParams) -> Sa
         top_k=top_k,
         top_p=defaults.top_p if request.top_p is None else request.top_p,
         min_p=defaults.min_p if request.min_p is None else request.min_p,
+        edits=edits,
     )
 
 
-def resolve_max_tokens(request: CompletionRequest, *, prompt_tokens: int, context_tokens: int) -> int:
-    """New tokens allowed: by default 16 or what is left. Raises AnswerTooLong if more was asked for."""
+def resolve_max_tokens(budget: TokenBudget, *, prompt_tokens: int, context_tokens: int) -> int:
+    """New tokens allowed: by default the budget's or what is left. Raises AnswerTooLong for more than that."""
     room = context_tokens - prompt_tokens
-    if request.max_tokens is None:
-        return min(_DEFAULT_MAX_TOKENS, room)
-    if request.max_tokens > room:
+    if budget.asked is None:
+        return room if budget.default is None else min(budget.default, room)
+    if budget.asked > room:
         raise AnswerTooLong(
-            prompt_tokens=prompt_tokens, max_tokens=request.max_tokens, context_tokens=context_tokens
+            prompt_tokens=prompt_tokens,
+            max_tokens=budget.asked,
+            context_tokens=context_tokens,
+            param=budget.param,
         )
-    return request.max_tokens
+    return budget.asked
+
+
+def resolve_truncation(request: GenerationParams, budget: TokenBudget, *, context_tokens: int) -> int | None:
+    """How many last tokens of a prompt to keep; None keeps all. Raises InvalidRequest."""
+    asked = request.truncate_prompt_tokens
+    if asked is None:
+        return None
+    if asked == -1:
+        num_new = budget.asked if budget.asked is not None else budget.default
+        return max(1, context_tokens - (1 if num_new is None else num_new))
+    if not 1 <= asked <= context_tokens:
+        raise InvalidRequest(
+            f"`truncate_prompt_tokens` must be 1 to {context_tokens}, or -1 for what the context has room for",
+            param="truncate_prompt_tokens",
+        )
+    return asked
 
 
 def _at_most(count: int, limit: int, param: str) -> None:

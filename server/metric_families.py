@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from decoding.messages import Limits, Load
+from decoding.messages import Drafter, Limits, Load
 from server.drafts import AcceptanceWindow, DraftTally, PositionCounts
 from server.histogram import WeightedHistogram
 
@@ -76,7 +76,7 @@ class Families:
         help_text: str,
         *,
         labels: tuple[str, ...],
-        values: Iterable[tuple[Sequence[int], float]],
+        values: Iterable[tuple[Sequence[int | str], float]],
     ) -> Metric:
         """A counter with a sample for every combination of labels of `values`."""
         family = CounterMetricFamily(name, help_text, labels=["model_name", *labels])
@@ -129,7 +129,9 @@ class Families:
 
     def drafts(self, tally: DraftTally, windows: Mapping[int, AcceptanceWindow]) -> Iterator[Metric]:
         """Drafts over all, by position, and by exit layer and position; layers of `windows` always show."""
-        counts = {(layer, 0): _NOTHING for layer in windows} | tally.by_position()
+        none = {(layer, 0): _NOTHING for layer in windows}
+        counts = none | tally.by_position(Drafter.EARLY_EXIT)
+        by_anyone = none | tally.by_position(*Drafter)
         yield self.counter("vllm:spec_decode_num_drafts", "Cycles that drafted.", tally.num_drafts)
         yield self.counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", tally.num_draft_tokens)
         yield self.counter("vllm:spec_decode_num_accepted_tokens", "Drafts kept.", tally.num_kept_tokens)
@@ -137,7 +139,7 @@ class Families:
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Drafts kept by position.",
             labels=("position",),
-            values=_kept_by_position(counts).items(),
+            values=_kept_by_position(by_anyone).items(),
         )
         for name, help_text, values in (
             ("draft", "Tokens drafted", {key: count.proposed for key, count in counts.items()}),
@@ -149,6 +151,16 @@ class Families:
                 f"{help_text}, by exit layer and position.",
                 labels=("exit_layer", "position"),
                 values=values.items(),
+            )
+        for name, help_text, of_drafter in (
+            ("draft", "Tokens drafted, by drafter.", tally.by_drafter),
+            ("kept", "Drafts kept, by drafter.", tally.kept_by_drafter),
+        ):
+            yield self.counters(
+                f"layerskip_drafter_{name}_tokens",
+                help_text,
+                labels=("drafter",),
+                values=[((drafter,), count) for drafter, count in of_drafter.items()],
             )
         yield self._acceptance(windows)
 

@@ -12,7 +12,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import Metric
 
-from decoding.messages import CycleTimes, Ready, StepReport
+from decoding.messages import CycleTimes, Drafter, Ready, StepReport
 from server.drafts import AcceptanceWindow, DraftTally
 from server.histogram import WeightedHistogram
 from server.metric_families import AtScrape, Families, WorkerGauges
@@ -42,7 +42,10 @@ _CHOICE_BUCKETS: Final = (1, 2, 5, 10, 20)
 # fmt: on
 
 _FINISHED: Final = ("stop", "length", "abort", "error")
-_REJECTED: Final = ("invalid", "unsupported", "context", "model", "too_large", "queue_full", "unavailable")
+_REJECTED: Final = (
+    *("invalid", "unsupported", "context", "model", "too_large", "unauthorized", "draining", "queue_full"),
+    *("queue_timeout", "request_timeout", "slow_reader", "unavailable"),
+)
 
 
 class StepTotals:
@@ -96,7 +99,9 @@ class Metrics:
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens delivered to answers.")
         self.aborted = self._counter("layerskip_aborted_requests", "Sequences their client gave up.")
         self._finished = self._counter_by("vllm:request_success", "Finished sequences.", "finished_reason")
-        self._rejected = self._counter_by("layerskip_rejected_requests", "Requests not let in.", "reason")
+        self._rejected = self._counter_by(
+            "layerskip_rejected_requests", "Requests refused or given up.", "reason"
+        )
         for reason in _FINISHED:
             self._finished.labels(self._model_name, reason)
         for reason in _REJECTED:
@@ -130,10 +135,12 @@ class Metrics:
         """Count tokens that were decoded and not delivered."""
         self._discarded_tokens += num_tokens
 
-    def drafts(self, *, exit_layer: int, drafted: int, kept: int) -> None:
-        """Count one sequence's cycle, as its answer does."""
-        self._drafts.record(exit_layer=exit_layer, drafted=drafted, kept=kept)
-        if drafted:
+    def drafts(
+        self, *, exit_layer: int, drafted: int, kept: int, drafter: Drafter = Drafter.EARLY_EXIT
+    ) -> None:
+        """Count one sequence's cycle, as its answer does. Only drafts by early exit say anything of a layer."""
+        self._drafts.record(exit_layer=exit_layer, drafted=drafted, kept=kept, drafter=drafter)
+        if drafted and drafter is Drafter.EARLY_EXIT:
             self._windows.setdefault(exit_layer, AcceptanceWindow()).record(drafted=drafted, kept=kept)
 
     def token_gap(self, seconds_per_token: float, *, num_tokens: int) -> None:

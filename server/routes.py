@@ -7,49 +7,65 @@ from __future__ import annotations
 
 import asyncio
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from server.completions import Completion, plan_completion
+from server.chat import plan_chat
+from server.chat_types import ChatRequest
+from server.completions import plan_completion
 from server.edge import REQUEST_ID
 from server.engine_client import WorkerState
+from server.generation import Generation, GenerationPlan
 from server.json_route import FastJsonRoute
 from server.metrics import CONTENT_TYPE
+from server.openai_params import GenerationParams
 from server.openai_types import CompletionRequest
+from server.request_log import note_outcome
+from server.request_scope import Model
 from server.served_model import ServedModel
 from server.sse import EventStream
+from server.tokenize_routes import router as tokenize_router
 
 router = APIRouter(route_class=FastJsonRoute)
+router.include_router(tokenize_router)
 
 _CLIENT_CLOSED_REQUEST = 499
-
-
-def served_model(request: Request) -> ServedModel:
-    """The model this application serves."""
-    model = request.app.state.model
-    assert isinstance(model, ServedModel)
-    return model
-
-
-Model = Annotated[ServedModel, Depends(served_model)]
 
 
 @router.post("/v1/completions", response_model=None)
 async def complete(body: CompletionRequest, request: Request, model: Model) -> Response:
     """Complete prompts, at once or as a stream."""
-    answer_id = f"cmpl-{request.scope[REQUEST_ID]}"
-    completion = Completion(await plan_completion(body, model, answer_id=answer_id), model)
-    if body.stream:
-        return EventStream(completion)
-    return await _complete_unless_gone(completion, request)
+    plan = await plan_completion(body, model, answer_id=f"cmpl-{_own_id(body, request)}")
+    return await _answer(plan, request, model)
 
 
-async def _complete_unless_gone(completion: Completion, request: Request) -> Response:
+@router.post("/v1/chat/completions", response_model=None)
+async def chat(body: ChatRequest, request: Request, model: Model) -> Response:
+    """Say what comes next in a conversation, at once or as a stream."""
+    plan = await plan_chat(body, model, answer_id=f"chatcmpl-{_own_id(body, request)}")
+    return await _answer(plan, request, model)
+
+
+def _own_id(body: GenerationParams, request: Request) -> str:
+    """What tells an answer from others: the header's id, else the body's, else the server's."""
+    server_id: str = request.scope[REQUEST_ID]
+    is_from_header = request.headers.get("x-request-id") == server_id
+    return server_id if is_from_header or body.request_id is None else body.request_id
+
+
+async def _answer(plan: GenerationPlan, request: Request, model: ServedModel) -> Response:
+    generation = Generation(plan, model)
+    note_outcome(request.scope, generation)
+    if plan.request.stream:
+        return EventStream(generation)
+    return await _complete_unless_gone(generation, request)
+
+
+async def _complete_unless_gone(generation: Generation, request: Request) -> Response:
     """Answer when complete, or stop decoding as soon as the client is gone."""
-    answer = asyncio.ensure_future(completion.complete())
+    answer = asyncio.ensure_future(generation.complete())
     gone = asyncio.ensure_future(_until_gone(request))
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -59,7 +75,7 @@ async def _complete_unless_gone(completion: Completion, request: Request) -> Res
     finally:
         answer.cancel()
         gone.cancel()
-        completion.close()
+        generation.close()
 
 
 async def _until_gone(request: Request) -> None:
@@ -70,19 +86,19 @@ async def _until_gone(request: Request) -> None:
 @router.get("/v1/models")
 async def list_models(model: Model) -> dict[str, object]:
     """The models requests may name."""
-    return {"object": "list", "data": [_model_card(model)]}
+    return {"object": "list", "data": [_model_card(name, model) for name in model.names]}
 
 
 @router.get("/v1/models/{name:path}")
 async def show_model(name: str, model: Model) -> dict[str, object]:
     """One model."""
     model.answer_to(name)
-    return _model_card(model)
+    return _model_card(name, model)
 
 
-def _model_card(model: ServedModel) -> dict[str, object]:
+def _model_card(name: str, model: ServedModel) -> dict[str, object]:
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "created": model.created_s,
         "owned_by": "layerskip-server",
@@ -100,6 +116,8 @@ async def server_info(model: Model) -> dict[str, object]:
     return {
         "version": _version(),
         "model": model.name,
+        "served_model_names": list(model.names),
+        "has_chat_template": model.has_chat_template,
         "revision": ready.revision,
         "dtype": ready.dtype,
         "device": ready.device,
@@ -132,9 +150,13 @@ async def server_info(model: Model) -> dict[str, object]:
 
 @router.get("/health")
 @router.get("/health/ready")
+@router.get("/ping")
+@router.post("/ping")
 async def health(model: Model) -> JSONResponse:
     """200 while requests are served, else 503 with the reason."""
     client = model.client
+    if client.is_draining:
+        return JSONResponse({"status": "draining"}, status_code=503, headers={"Retry-After": "1"})
     if client.state is WorkerState.READY:
         return JSONResponse({"status": "ready"})
     if client.state is WorkerState.LOADING:

@@ -9,10 +9,13 @@ import time
 
 from config.settings import Settings
 from decoding.messages import Ready, StepReport
+from server.chat_template import ChatTemplate, TemplateSource
 from server.codec import Codec
-from server.engine_client import EngineClient, StartListener
-from server.errors import ModelNotFound, Unavailable
+from server.deadlines import Deadlines
+from server.engine_client import EngineClient
+from server.errors import InvalidRequest, ModelNotFound, Unavailable
 from server.metrics import Metrics
+from server.observers import StartListener
 from server.supervisor import WorkerProcess
 from server.worker import EngineLoader
 
@@ -22,17 +25,21 @@ class ServedModel:
 
     def __init__(self, settings: Settings, *, load_engine: EngineLoader, listener: StartListener) -> None:
         self.settings = settings
-        self.name = settings.model_name
+        self.names = settings.model_names
+        self.name = self.names[0]
         self.metrics = Metrics(model_name=self.name)
         self.client = EngineClient(
             WorkerProcess(settings.engine, load_engine=load_engine),
             max_queued=settings.max_queued_requests,
+            deadlines=Deadlines(queue_s=settings.queue_timeout_s, total_s=settings.request_timeout_s),
             observer=self,
             listener=listener,
         )
         self.metrics.watch(self.client)
         self.created_s = int(time.time())
         self._codec: Codec | None = None
+        self._template_source = TemplateSource(settings.chat_template)
+        self._chat_template: ChatTemplate | None = None
 
     @property
     def codec(self) -> Codec:
@@ -41,19 +48,36 @@ class ServedModel:
             raise Unavailable("the model is loading")
         return self._codec
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """What makes chats prompts. Raises InvalidRequest if there is none."""
+        if self._chat_template is None:
+            raise InvalidRequest(self._template_source.why_none, param="messages")
+        return self._chat_template
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats are served."""
+        return self._chat_template is not None
+
     def answer_to(self, name: str | None) -> None:
         """Check that a request means this model; no name means it too. Raises ModelNotFound."""
-        if name is not None and name != self.name:
+        if name is not None and name not in self.names:
             raise ModelNotFound(name, served=self.name)
 
     def worker_ready(self, ready: Ready) -> None:
         """Take over what the worker says of its model."""
         self._codec = Codec(ready.text, ready.limits)
+        self._chat_template = self._template_source.compile(ready.text.chat_template, self._codec.vocabulary)
         self.metrics.worker_ready(ready)
 
     def step(self, report: StepReport) -> None:
         """Count a step."""
         self.metrics.step(report)
+
+    def expired(self, reason: str) -> None:
+        """Count a request that was stopped at a deadline."""
+        self.metrics.rejected(reason)
 
     def discarded(self, num_tokens: int) -> None:
         """Count tokens nobody waits for."""

@@ -1,14 +1,11 @@
-"""A completion as server-sent events.
+"""A generation as server-sent events.
 
-Knows OpenAI's chunk format and what ends a stream; knows nothing of sequences. Frames are put together from
-fixed strings and one JSON string each, because this runs for every run of tokens of every stream.
+Knows what an event carries and what ends a stream; knows nothing of sequences, or of how a choice is written.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
@@ -16,95 +13,100 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from server.choices import Chunk
-from server.completions import Completion
 from server.errors import ApiError, error_body
-
-_log = logging.getLogger("layerskip.sse")
+from server.generation import Generation
 
 _DONE: Final = "data: [DONE]\n\n"
-_SEND_TIMEOUT_S: Final = 30.0
 
 
 class EventStream(StreamingResponse):
-    """Streams a completion and closes it, whether the client stays, leaves or stops reading."""
+    """Streams a generation and closes it, whether the client stays, leaves or stops reading."""
 
-    def __init__(self, completion: Completion) -> None:
+    def __init__(self, generation: Generation) -> None:
         super().__init__(
-            _frames(completion),
+            _frames(generation),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._completion = completion
+        self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the response; a client that takes nothing for half a minute is dropped."""
+        """Run the response. Its status waits for its first event: until then it may still be refused."""
+        start: Message = {}
 
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
-                await send(message)
+        async def send_begun(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+                return
+            if start:
+                await send({**start})
+                start.clear()
+            await send(message)
 
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            _log.warning("dropped a client that did not read its stream")
+            await super().__call__(scope, receive, send_begun)
         finally:
-            self._completion.close()
+            self._generation.close()
 
 
-async def _frames(completion: Completion) -> AsyncIterator[str]:
-    encode = ChunkEncoder(completion)
+async def _frames(generation: Generation) -> AsyncIterator[str]:
+    encode = ChunkEncoder(generation)
+    unsent, has_begun = encode.opening(), False
     try:
-        async for chunks in completion.chunks():
-            if frames := encode.chunks(chunks):
+        async for chunks in generation.chunks():
+            if frames := unsent + encode.chunks(chunks):
+                unsent, has_begun = "", True
                 yield frames
     except ApiError as error:
+        if not has_begun:
+            raise
         yield _event(error.body)
         return
     except Exception:
+        if not has_begun:
+            raise
         # The status is sent; the client can only be told in the stream, and of nothing inside.
         yield _event(error_body("internal error", kind="server_error", code="internal_error"))
         raise
-    yield encode.usage() + _DONE
+    yield unsent + encode.usage() + _DONE
 
 
 class ChunkEncoder:
-    """Writes the chunks of one completion."""
+    """Writes the events of one generation."""
 
-    def __init__(self, completion: Completion) -> None:
-        self._completion = completion
-        plan = completion.plan
-        self._head = {
-            "id": plan.answer_id,
-            "object": "text_completion",
-            "created": plan.created_s,
-            "model": completion.model_name,
-        }
-        self._prefix = f'data: {_json(self._head)[:-1]},"choices":[{{"index":'
-        self._includes_usage = plan.request.includes_usage
-        self._has_continuous_usage = plan.request.has_continuous_usage
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._form = generation.plan.form
+        head = _json(generation.head(self._form.part_kind))
+        # Runs for every run of tokens of every stream: what does not change is written once.
+        self._prefix = f"data: {head[:-1]},"
+        self._includes_usage = generation.plan.request.includes_usage
+        self._has_continuous_usage = generation.plan.request.has_continuous_usage
+
+    def opening(self) -> str:
+        """The events a stream begins with."""
+        return "".join(self._event(_json(body)[1:-1]) for body in self._form.opening())
 
     def chunks(self, chunks: Sequence[Chunk]) -> str:
-        """Frames of chunks that say something, one choice in each."""
-        return "".join(self._chunk(chunk) for chunk in chunks if chunk.text or chunk.finish_reason)
+        """Events of chunks that say something, one choice in each."""
+        choices = (self._form.part(chunk) for chunk in chunks)
+        return "".join(
+            self._event(f'"choices":[{_json(choice)}]') for choice in choices if choice is not None
+        )
 
     def usage(self) -> str:
-        """The last chunk, without choices, if the client asked for usage; else nothing."""
+        """The last event, without choices, if the client asked for usage; else nothing."""
         if not self._includes_usage:
             return ""
-        last = {"choices": [], "usage": self._completion.usage, "metrics": self._completion.metrics}
-        return _event(self._head | last)
+        last = {"choices": [], "usage": self._generation.usage, "metrics": self._generation.metrics}
+        return f"{self._prefix}{_json(last)[1:]}\n\n"
 
-    def _chunk(self, chunk: Chunk) -> str:
-        reason = "null" if chunk.finish_reason is None else f'"{chunk.finish_reason}"'
-        return (
-            f'{self._prefix}{chunk.choice_index},"text":{_json(chunk.text)},"logprobs":null,'
-            f'"finish_reason":{reason},"stop_reason":{_json(chunk.stop_reason)}}}]'
-            f"{self._tail()}}}\n\n"
-        )
+    def _event(self, members: str) -> str:
+        return f"{self._prefix}{members}{self._tail()}}}\n\n"
 
     def _tail(self) -> str:
         if self._has_continuous_usage:
-            return f',"usage":{_json(self._completion.usage)}'
+            return f',"usage":{_json(self._generation.usage)}'
         return ',"usage":null' if self._includes_usage else ""
 
 

@@ -76,21 +76,24 @@ class StopMatcher:
     """Lets text through until a stop string is complete, and holds back what might begin one.
 
     The match that is complete first wins, the longest of those complete together; so the result does not
-    depend on how the text was divided.
+    depend on how the text was divided. `keeps_stop` lets the stop string through too.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], *, keeps_stop: bool = False) -> None:
         assert all(stop_strings), "an empty stop string matches everywhere"
         self._stops = tuple(stop_strings)
+        self._keeps_stop = keeps_stop
         self._held = ""
 
-    def push(self, delta: str) -> Matched:
-        """Text that can go out now; after a match, nothing may be pushed."""
+    def push(self, delta: str, *, is_armed: bool = True) -> Matched:
+        """Text that can go out now; after a match, nothing may be pushed.
+
+        Unless `is_armed`, a stop string that `delta` completes is text like any other.
+        """
         text = self._held + delta
-        found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
-        if found:
+        if is_armed and (found := self._find(text)):
             end, negative_length, stop = min(found)
-            return Matched(text[: end + negative_length], stop)
+            return Matched(text[: end if self._keeps_stop else end + negative_length], stop)
         num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - num_held :]
         return Matched(text[: len(text) - num_held])
@@ -100,36 +103,74 @@ class StopMatcher:
         held, self._held = self._held, ""
         return held
 
+    def _find(self, text: str) -> list[tuple[int, int, str]]:
+        """Matches that end behind what was held: end, negative length, stop string."""
+        starts = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
+        return [(start + len(stop), -len(stop), stop) for start, stop in starts if start >= 0]
+
 
 @dataclass(frozen=True, slots=True)
 class TextRun:
-    """What a run of ids became: text to send, ids that count as delivered, the stop string met if any."""
+    """What a run of ids became: text to send, where each delivered id begins, the stop string met if any.
+
+    An offset counts characters of the choice's text; an id that completes no character has that of the next.
+    """
 
     text: str
-    num_tokens: int
+    offsets: Sequence[int]
     stop: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that count as delivered: up to the one that completed a stop string."""
+        return len(self.offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """What ends a text: `strings`, once more than `min_tokens` ids have come, and whether they stay in it."""
+
+    strings: Sequence[str] = ()
+    min_tokens: int = 0
+    keeps_stop: bool = False
 
 
 class TextStream:
-    """Ids of one choice to the text a client may see."""
+    """Ids of one choice to the text a client may see; its first character has the offset `begins_at`."""
 
-    def __init__(self, decode: Decode, *, prompt_ids: Sequence[int], stop_strings: Sequence[str]) -> None:
+    def __init__(
+        self, decode: Decode, *, prompt_ids: Sequence[int], stops: StopRules, begins_at: int = 0
+    ) -> None:
         self._detokenizer = Detokenizer(decode, prompt_ids=prompt_ids)
-        self._matcher = StopMatcher(stop_strings)
+        self._matcher = StopMatcher(stops.strings, keeps_stop=stops.keeps_stop)
+        self._min_tokens = stops.min_tokens
+        self._num_tokens = 0
+        self._offset = begins_at
 
     def push(self, token_ids: Sequence[int], *, is_last: bool) -> TextRun:
         """Text of a run; `is_last` also gives out everything held back. A stop string ends the run early."""
-        parts = []
-        for count, token_id in enumerate(token_ids, start=1):
-            matched = self._matcher.push(self._detokenizer.push(token_id))
+        parts, offsets = [], []
+        for token_id in token_ids:
+            self._num_tokens += 1
+            offsets.append(self._offset)
+            matched = self._match(self._detokenizer.push(token_id))
             parts.append(matched.text)
             if matched.stop is not None:
-                return TextRun("".join(parts), count, matched.stop)
+                return TextRun("".join(parts), offsets, matched.stop)
         if not is_last:
-            return TextRun("".join(parts), len(token_ids))
-        matched = self._matcher.push(self._detokenizer.flush())
+            return TextRun("".join(parts), offsets)
+        matched = self._match(self._detokenizer.flush())
         rest = matched.text if matched.stop is not None else matched.text + self._matcher.flush()
-        return TextRun("".join(parts) + rest, len(token_ids), matched.stop)
+        return TextRun("".join(parts) + rest, offsets, matched.stop)
+
+    @property
+    def offset(self) -> int:
+        """Where the next id begins."""
+        return self._offset
+
+    def _match(self, delta: str) -> Matched:
+        self._offset += len(delta)
+        return self._matcher.push(delta, is_armed=self._num_tokens > self._min_tokens)
 
 
 def _overlap(text: str, stop: str) -> int:

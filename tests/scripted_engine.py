@@ -26,10 +26,17 @@ from decoding.messages import (
     SamplingParams,
     StepReport,
     TextAssets,
+    TokenLogprob,
 )
 
 NUM_BLOCKS = 256
 END_OF_TEXT = 0
+CHAT_TEMPLATE = """\
+{% for message in messages %}
+{% if message.content == 'refuse me' %}{{ raise_exception('no such words') }}{% endif %}
+<{{ message.role }}{{ ' ' + message.name if message.name else '' }}>{{ message.content | trim }}</>
+{% endfor %}
+{% if add_generation_prompt %}<assistant>{% endif %}"""
 
 
 def load(settings: EngineSettings, progress: Callable[[str, float], None]) -> ScriptedEngine:
@@ -60,6 +67,8 @@ class Script:
 class ScriptedEngine:
     """Runs every sequence from its start; a prompt that begins with `!` is a command.
 
+    Served as `chat`, it has a chat template; every token is as probable as `scripted_logprob` says.
+
     `!slow` takes 20 ms a step, `!die` ends the process at its third step, `!hang` never returns from it,
     `!raise` raises there, and `!end` ends with a stop token after four tokens.
     """
@@ -80,9 +89,12 @@ class ScriptedEngine:
 
     def submit(self, request: Generate) -> None:
         text = self.tokenizer.decode(request.prompt_ids)
-        answer = (request.prompt_ids * request.max_new_tokens)[: request.max_new_tokens]
+        prompt_ids = request.prompt_ids
+        answer = (prompt_ids * (request.max_new_tokens // len(prompt_ids) + 1))[: request.max_new_tokens]
         if text.startswith("!end") and END_OF_TEXT in request.stop_token_ids:
             answer = [*answer[:4], END_OF_TEXT]
+        ends = [index for index, said in enumerate(answer) if said in request.stop_token_ids]
+        answer = answer[: ends[0] + 1] if ends else answer
         self.running[request.sequence_id] = Script(request, answer, text)
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
@@ -105,15 +117,15 @@ class ScriptedEngine:
         script.steps += 1
         obey(script)
         is_first = script.steps == 1
-        drafted = (
-            0 if is_first else min(script.request.draft_length, len(script.answer) - script.num_said - 1)
-        )
+        num_left = len(script.answer) - script.num_said
+        drafted = 0 if is_first else min(script.request.draft_length, num_left - 1)
         kept = min(drafted, script.steps % 3)
         said = script.answer[script.num_said : script.num_said + kept + 1]
         script.num_said += len(said)
         finish = None
         if script.num_said == len(script.answer):
-            finish = FinishReason.STOP if said[-1] in script.request.stop_token_ids else FinishReason.LENGTH
+            is_stop = bool(said) and said[-1] in script.request.stop_token_ids
+            finish = FinishReason.STOP if is_stop else FinishReason.LENGTH
             del self.running[script.request.sequence_id]
         return Decoded(
             sequence_id=script.request.sequence_id,
@@ -124,7 +136,31 @@ class ScriptedEngine:
             finish_reason=finish,
             queued_s=0.001 if is_first else None,
             num_cached_tokens=1 if is_first else None,
+            logprobs=scripted_logprobs(said, script.request.logprobs),
+            prompt_logprobs=scripted_logprobs(script.request.prompt_ids[1:], script.request.prompt_logprobs)
+            if is_first
+            else None,
+            drafted_ids=drafts(said, drafted=drafted, kept=kept) if script.request.traces_drafts else None,
         )
+
+
+def scripted_logprob(token_id: int, num_top: int) -> TokenLogprob:
+    """A token of even id is the most probable one; of odd id the third, whatever it is asked beside."""
+    rank = 3 if token_id % 2 else 1
+    ranked = [token_id + place - rank for place in range(1, max(num_top, rank) + 1)]
+    values = [-0.25 * place - token_id % 8 for place in range(1, len(ranked) + 1)]
+    return TokenLogprob(values[rank - 1], rank, ranked[:num_top], values[:num_top])
+
+
+def scripted_logprobs(token_ids: list[int], num_top: int | None) -> list[TokenLogprob] | None:
+    if num_top is None:
+        return None
+    return [scripted_logprob(token_id, num_top) for token_id in token_ids]
+
+
+def drafts(said: list[int], *, drafted: int, kept: int) -> list[int]:
+    """Ids of a cycle's drafts: kept ones were said, the others were not."""
+    return [*said[:kept], *(said[kept] + 1 + place for place in range(drafted - kept))]
 
 
 def obey(script: Script) -> None:
@@ -148,7 +184,10 @@ def scripted_ready(settings: EngineSettings, tokenizer_json: str) -> Ready:
         device="cpu",
         limits=scripted_limits(settings),
         text=TextAssets(
-            tokenizer_json, eos_token_ids=[END_OF_TEXT], special_token_ids=[0], chat_template=None
+            tokenizer_json,
+            eos_token_ids=[END_OF_TEXT],
+            special_token_ids=[0],
+            chat_template=CHAT_TEMPLATE if Path(settings.model).name == "chat" else None,
         ),
         sampling=SamplingParams(),
     )

@@ -10,7 +10,8 @@ import pytest
 from config.settings import BUNDLED_CHECKPOINT, Settings
 from decoding.messages import Abort, Decoded, FinishReason
 from server.codec import Codec
-from server.completions import Completion, plan_completion
+from server.completions import plan_completion
+from server.generation import Generation
 from server.metrics import Metrics
 from server.openai_types import CompletionRequest
 from tests.test_engine_client import Played
@@ -25,19 +26,21 @@ class Desk:
         self.played = Played(max_num_seqs=max_num_seqs).ready()
         self.metrics = Metrics(model_name="m")
         self.client = self.played.client
-        self.codec = Codec(SimpleNamespace(tokenizer_json=TOKENIZER), self.client.ready.limits)
+        self.codec = Codec(
+            SimpleNamespace(tokenizer_json=TOKENIZER, eos_token_ids=[0]), self.client.ready.limits
+        )
         self.settings = Settings.load({})
         self.name = "m"
 
     def answer_to(self, name: str | None) -> None:
         assert name is None
 
-    async def completion(self, **body: object) -> Completion:
+    async def completion(self, **body: object) -> Generation:
         request = CompletionRequest.model_validate(body)
-        return Completion(await plan_completion(request, self, answer_id="cmpl-1"), self)
+        return Generation(await plan_completion(request, self, answer_id="cmpl-1"), self)
 
     def ids(self, text: str) -> list[int]:
-        return self.codec._tokenizer.encode(text).ids
+        return self.codec.encode_word(text)
 
 
 @pytest.mark.parametrize("num_late", [0, 1, 3])
@@ -52,7 +55,7 @@ def test_events_behind_a_stop_string_change_nothing_but_the_discarded_count(num_
         desk.played.step(Decoded(sequence.sequence_id, said, 0, 0, 4))
         late = [Decoded(sequence.sequence_id, [7, 7], 2, 1, 4)] * num_late
         if late:
-            late[-1] = Decoded(sequence.sequence_id, [7], 0, 0, 4, FinishReason.LENGTH)
+            late[-1] = Decoded(sequence.sequence_id, [7], 0, 0, 4, finish_reason=FinishReason.LENGTH)
         desk.played.step(*late)
         answer = await asyncio.wait_for(completion.complete(), 1)
         (choice,) = answer["choices"]
@@ -75,7 +78,7 @@ def test_a_request_of_many_sequences_is_not_taken_for_a_slow_reader() -> None:
         ids = [sequence.sequence_id for sequence in completion.plan.sequences]
         for _ in range(100):
             desk.played.step(*(Decoded(i, [7], 0, 0, 4) for i in ids))
-        desk.played.step(*(Decoded(i, [7], 0, 0, 4, FinishReason.LENGTH) for i in ids))
+        desk.played.step(*(Decoded(i, [7], 0, 0, 4, finish_reason=FinishReason.LENGTH) for i in ids))
         answer = await asyncio.wait_for(completion.complete(), 10)
         assert answer["usage"]["completion_tokens"] == 64 * 101
 

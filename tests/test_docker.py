@@ -141,9 +141,9 @@ def test_every_container_is_confined(service):
     assert all(published(port).startswith("127.0.0.1:") for port in service["ports"])
 
 
-def published(port: str) -> str:
-    """A port mapping with its variables at their defaults."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", port)
+def published(value: str) -> str:
+    """A value of compose with its variables at their defaults."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)
 
 
 def test_only_the_gpu_file_reserves_a_gpu():
@@ -170,6 +170,30 @@ def test_prometheus_and_grafana_find_each_other_by_the_names_in_compose():
     (source,) = provisioned["datasources"]
     assert source["url"] == "http://prometheus:9090"
     assert source["jsonData"]["timeInterval"] == scraped["global"]["scrape_interval"]
+
+
+def test_prometheus_sends_the_key_that_the_server_asks_for():
+    (job,) = yaml.safe_load((DOCKER / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    key_file = job["authorization"]["credentials_file"]
+    (secret,) = CPU_SERVICES["prometheus"]["secrets"]
+    assert secret == {"source": "api_key", "target": f"{mounts()['./prometheus']}/{key_file}"}
+    assert CPU_SERVICES["server"]["secrets"] == ["api_key"]
+    chosen = CPU_SERVICES["server"]["environment"]["LAYERSKIP_API_KEY_FILE"]
+    assert chosen == "${API_KEY_FILE:+/run/secrets/api_key}"
+    assert "api_key_file" in Settings.model_fields
+
+
+@pytest.mark.parametrize("name", sorted(COMPOSE))
+def test_without_a_key_file_prometheus_has_a_placeholder_to_mount(name):
+    file = published(COMPOSE[name]["secrets"]["api_key"]["file"])
+    assert (DOCKER / file).read_text() == "none\n"
+
+
+@pytest.mark.parametrize("name", sorted(COMPOSE))
+def test_containers_are_not_killed_while_they_drain(name):
+    service = COMPOSE[name]["services"]["server"]
+    grace = service.get("stop_grace_period", CPU_SERVICES["server"]["stop_grace_period"])
+    assert float(grace.removesuffix("s")) > Settings.model_fields["drain_timeout_s"].default
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from decoding.messages import Drafter
 from server.drafts import AcceptanceWindow, DraftTally
 
 CYCLES = st.lists(
@@ -34,7 +35,7 @@ def test_totals_are_sums_over_cycles(cycles):
 
 @given(CYCLES)
 def test_a_position_is_proposed_by_longer_drafts_and_reached_when_all_before_it_were_kept(cycles):
-    for (layer, position), counts in tally_of(cycles).by_position().items():
+    for (layer, position), counts in tally_of(cycles).by_position(Drafter.EARLY_EXIT).items():
         mine = [(drafted, kept) for exit_layer, drafted, kept in cycles if exit_layer == layer]
         assert counts.proposed == sum(drafted > position for drafted, _ in mine)
         assert counts.reached == sum(drafted > position and kept >= position for drafted, kept in mine)
@@ -57,3 +58,13 @@ def test_window_forgets_old_cycles_and_keeps_at_least_its_size():
     assert window.rate == 0.0
     window.record(drafted=4, kept=2)
     assert window.rate == 2 / 12
+
+
+def test_drafts_are_told_apart_by_who_made_them():
+    tally = DraftTally()
+    tally.record(exit_layer=4, drafted=3, kept=1)
+    tally.record(exit_layer=4, drafted=2, kept=2, drafter=Drafter.LOOKUP)
+    tally.record(exit_layer=4, drafted=0, kept=0, drafter=Drafter.NONE)
+    assert tally.by_drafter == {"early_exit": 3, "lookup": 2}
+    assert (tally.num_drafts, tally.num_draft_tokens, tally.num_kept_tokens) == (2, 5, 3)
+    assert DraftTally().by_drafter == {"early_exit": 0}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from config.settings import EngineSettings, ServerSettings
-from decoding.messages import SamplingParams
+from config.settings import BUNDLED_CHECKPOINT, EngineSettings, ServerSettings
+from decoding.messages import LogitEdits, SamplingParams, TextAssets
+from server.codec import Codec
+from server.edits import resolve_edits
 from server.errors import AnswerTooLong, InvalidRequest
 from server.limits import (
     Speculation,
+    TokenBudget,
     check_counts,
     resolve_max_tokens,
     resolve_sampling,
     resolve_speculation,
+    resolve_truncation,
 )
 from server.openai_types import CompletionRequest
 from tests.scripted_engine import scripted_limits
@@ -35,6 +39,8 @@ def parse(**body: object) -> CompletionRequest:
         ({"stop": list("abcde")}, "stop"),
         ({"stop": "a" * 257}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids"),
     ],
 )
 def test_too_much_is_refused_by_name(body, param):
@@ -94,11 +100,107 @@ def test_sampling_is_the_checkpoints_where_the_request_names_none():
     assert resolve_sampling(request, defaults) == SamplingParams(temperature=0, top_k=0, top_p=1, min_p=0)
 
 
-def test_max_tokens_is_sixteen_or_what_is_left_unless_asked_for():
-    assert resolve_max_tokens(parse(), prompt_tokens=10, context_tokens=100) == 16
-    assert resolve_max_tokens(parse(), prompt_tokens=95, context_tokens=100) == 5
-    assert resolve_max_tokens(parse(max_tokens=90), prompt_tokens=10, context_tokens=100) == 90
+def test_max_tokens_is_the_default_or_what_is_left_unless_asked_for():
+    completion, chat = TokenBudget(None, 16), TokenBudget(None, None)
+    assert resolve_max_tokens(completion, prompt_tokens=10, context_tokens=100) == 16
+    assert resolve_max_tokens(completion, prompt_tokens=95, context_tokens=100) == 5
+    assert resolve_max_tokens(chat, prompt_tokens=10, context_tokens=100) == 90
+    assert resolve_max_tokens(TokenBudget(90, 16), prompt_tokens=10, context_tokens=100) == 90
+    assert resolve_max_tokens(TokenBudget(0, 16), prompt_tokens=100, context_tokens=100) == 0
     with pytest.raises(AnswerTooLong) as caught:
-        resolve_max_tokens(parse(max_tokens=91), prompt_tokens=10, context_tokens=100)
-    assert caught.value.param == "max_tokens"
+        resolve_max_tokens(TokenBudget(91, 16, "max_x"), prompt_tokens=10, context_tokens=100)
+    assert caught.value.param == "max_x"
     assert "at most 90" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("asked", "budget", "kept"),
+    [
+        (None, TokenBudget(None, 16), None),
+        (5, TokenBudget(None, 16), 5),
+        (100, TokenBudget(1, 16), 100),
+        (-1, TokenBudget(None, 16), 84),
+        (-1, TokenBudget(30, 16), 70),
+        (-1, TokenBudget(None, None), 99),
+        (-1, TokenBudget(200, None), 1),
+    ],
+)
+def test_truncation_keeps_what_was_asked_for_or_what_the_answer_leaves(asked, budget, kept):
+    request = parse(truncate_prompt_tokens=asked)
+    assert resolve_truncation(request, budget, context_tokens=100) == kept
+
+
+@pytest.mark.parametrize("asked", [0, 101])
+def test_truncation_beyond_the_context_is_refused(asked):
+    with pytest.raises(InvalidRequest) as caught:
+        resolve_truncation(parse(truncate_prompt_tokens=asked), TokenBudget(None, 16), context_tokens=100)
+    assert caught.value.param == "truncate_prompt_tokens"
+
+
+TOKENIZER_JSON = (BUNDLED_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8")
+CODEC = Codec(TextAssets(TOKENIZER_JSON, [0], [0], chat_template=None), LIMITS)
+
+
+def edits(**body: object) -> LogitEdits | None:
+    return resolve_edits(parse(**body), CODEC, stop_token_ids=[0], max_new_tokens=16)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"logit_bias": {}, "bad_words": [], "min_tokens": 0},
+        {"logit_bias": {"5": 0}},
+        {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1},
+    ],
+)
+def test_nothing_edited_is_no_edits(body):
+    assert edits(**body) is None
+
+
+def test_edits_are_taken_over_as_ids():
+    assert edits(
+        logit_bias={"5": -3, "6": 0},
+        allowed_token_ids=[7, 5, 7],
+        min_tokens=16,
+        presence_penalty=-2,
+        frequency_penalty=2,
+        repetition_penalty=1.5,
+    ) == LogitEdits(
+        logit_bias={5: -3.0},
+        allowed_token_ids=[5, 7],
+        min_tokens=16,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        repetition_penalty=1.5,
+    )
+
+
+def test_bad_words_are_banned_at_the_start_of_a_text_and_behind_a_word():
+    def ids(text: str) -> list[int]:
+        return CODEC.encode_word(text)
+
+    assert edits(bad_words=["return", " return"]) == LogitEdits(bad_words=[ids("return"), ids(" return")])
+    assert len(ids("unspeakable")) > 1
+    assert edits(bad_words=["unspeakable"]).bad_words == [ids("unspeakable"), ids(" unspeakable")]
+
+
+def test_min_tokens_wait_for_nothing_where_no_token_ends_the_answer():
+    assert resolve_edits(parse(min_tokens=4), CODEC, stop_token_ids=[], max_new_tokens=16) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [4096]}, "allowed_token_ids"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias"),
+        ({"bad_words": ["a"] * 129}, "bad_words"),
+        ({"bad_words": ["a" * 257]}, "bad_words"),
+    ],
+)
+def test_edits_that_the_model_cannot_have_are_refused_by_name(body, param):
+    with pytest.raises(InvalidRequest) as caught:
+        edits(**body)
+    assert caught.value.param == param

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from config.settings import EngineSettings
-from decoding.messages import CycleTimes, Load, StepReport
+from decoding.messages import CycleTimes, Drafter, Load, StepReport
 from server.histogram import WeightedHistogram
 from server.metrics import Metrics
 from tests.scripted_engine import scripted_ready
@@ -37,6 +37,8 @@ COUNTERS |= {
         "draft_tokens",
         "kept_tokens",
         "reached_tokens",
+        "drafter_draft_tokens",
+        "drafter_kept_tokens",
         "cycles",
         "draft_seconds",
         "verify_seconds",
@@ -117,10 +119,13 @@ def test_drafts_are_counted_by_exit_layer_and_position():
     metrics.drafts(exit_layer=2, drafted=3, kept=1)
     metrics.drafts(exit_layer=8, drafted=1, kept=1)
     metrics.drafts(exit_layer=8, drafted=0, kept=0)
-    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 2
-    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 4
-    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 2
-    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position="0") == 2
+    metrics.drafts(exit_layer=2, drafted=5, kept=4, drafter=Drafter.LOOKUP)
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 3
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 9
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 6
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_per_pos_total", position="0") == 3
+    assert value(metrics, "layerskip_drafter_draft_tokens_total", drafter="lookup") == 5
+    assert value(metrics, "layerskip_drafter_kept_tokens_total", drafter="early_exit") == 2
     at = {"exit_layer": "2", "position": "1"}
     assert value(metrics, "layerskip_draft_tokens_total", **at) == 1
     assert value(metrics, "layerskip_reached_tokens_total", **at) == 1

@@ -122,6 +122,8 @@ def test_every_setting_is_read_from_its_flag_and_from_its_variable(environment, 
     samples |= {
         "loader": "accelerate",
         "log_level": "error",
+        "log_format": "json",
+        "cors_origins": "https://page.example",
         "served_model_name": "s",
         "max_body_bytes": "2048",
     }

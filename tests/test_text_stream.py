@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from config.settings import BUNDLED_CHECKPOINT
-from server.text_stream import Detokenizer, StopMatcher, TextStream
+from server.text_stream import Detokenizer, StopMatcher, StopRules, TextStream
 
 BUNDLED = Tokenizer.from_file(str(BUNDLED_CHECKPOINT / "tokenizer.json"))
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -150,7 +150,7 @@ def test_result_does_not_depend_on_how_ids_were_divided_into_runs(text, stops, d
     ids = BUNDLED.encode(text).ids
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=5)))
     bounds = [0, *cuts, len(ids)]
-    stream = TextStream(decode_with(BUNDLED), prompt_ids=[], stop_strings=stops)
+    stream = TextStream(decode_with(BUNDLED), prompt_ids=[], stops=StopRules(stops))
     seen, num_tokens, stop = "", 0, None
     for position, (start, end) in enumerate(pairwise(bounds)):
         run = stream.push(ids[start:end], is_last=position == len(bounds) - 2)
@@ -168,7 +168,7 @@ def test_result_does_not_depend_on_how_ids_were_divided_into_runs(text, stops, d
 @pytest.mark.parametrize("stops", [["b日c"], ["x", "日c"]])
 def test_stop_string_split_over_two_events_is_cut(stops):
     ids = BUNDLED.encode("ab日cd").ids
-    stream = TextStream(decode_with(BUNDLED), prompt_ids=[], stop_strings=stops)
+    stream = TextStream(decode_with(BUNDLED), prompt_ids=[], stops=StopRules(stops))
     runs = []
     for position, token_id in enumerate(ids):
         runs.append(stream.push([token_id], is_last=position == len(ids) - 1))
@@ -176,3 +176,46 @@ def test_stop_string_split_over_two_events_is_cut(stops):
             break
     assert "".join(run.text for run in runs) == "ab日cd".partition(stops[-1])[0]
     assert runs[-1].stop == stops[-1]
+
+
+@given(st.text("ab日 ", max_size=30), STOPS, st.booleans(), st.integers(0, 12), st.data())
+def test_min_tokens_and_kept_stops_do_as_token_by_token_search_does(
+    text, stops, keeps_stop, min_tokens, data
+):
+    """The oracle decodes from the start after every token and looks for a stop string that it completed."""
+    ids = BUNDLED.encode(text).ids
+    expected, expected_count = text, len(ids)
+    for count in range(min_tokens + 1, len(ids) + 1):
+        before, now = (BUNDLED.decode(ids[:n]).rstrip(REPLACEMENT) for n in (count - 1, count))
+        fresh = [
+            (end, -len(stop), stop)
+            for stop in stops
+            for end in range(len(before) + 1, len(now) + 1)
+            if now[:end].endswith(stop)
+        ]
+        if fresh:
+            end, _, stop = min(fresh)
+            expected, expected_count = now[: end if keeps_stop else end - len(stop)], count
+            break
+    rules = StopRules(stops, min_tokens, keeps_stop)
+    stream = TextStream(decode_with(BUNDLED), prompt_ids=[], stops=rules)
+    seen, num_tokens, start = "", 0, 0
+    while start < len(ids):
+        size = data.draw(st.integers(1, 4))
+        run = stream.push(ids[start : start + size], is_last=start + size >= len(ids))
+        seen, num_tokens, start = seen + run.text, num_tokens + run.num_tokens, start + size
+        if run.stop is not None:
+            break
+    assert (seen, num_tokens) == (expected, expected_count)
+
+
+@given(st.text("ab日é ", max_size=30), st.integers(0, 9))
+def test_offsets_say_how_much_text_was_whole_before_each_token(text, begins_at):
+    ids = BUNDLED.encode(text).ids
+    stream = TextStream(
+        decode_with(BUNDLED), prompt_ids=[], stops=StopRules(["never there"]), begins_at=begins_at
+    )
+    run = stream.push(ids, is_last=True)
+    assert list(run.offsets) == [
+        begins_at + len(BUNDLED.decode(ids[:count]).rstrip(REPLACEMENT)) for count in range(len(ids))
+    ]

@@ -1,0 +1,119 @@
+"""A client whose worker is the test."""
+
+from __future__ import annotations
+
+import asyncio
+
+from config.settings import EngineSettings
+from decoding.messages import (
+    Command,
+    Decoded,
+    FinishReason,
+    Generate,
+    Load,
+    Ready,
+    SamplingParams,
+    StepReport,
+)
+from server.deadlines import Deadlines
+from server.engine_client import EngineClient, TokenStream
+from server.errors import ApiError
+from server.supervisor import WorkerCallbacks
+from tests.scripted_engine import scripted_ready
+
+
+class RecordedProcess:
+    """Stands at the edge: keeps what was sent, and lets the test play the worker."""
+
+    pid = 1
+    is_congested = False
+
+    def __init__(self) -> None:
+        self.sent: list[Command] = []
+
+    def start(self, callbacks: WorkerCallbacks) -> None:
+        self.callbacks = callbacks
+
+    def send(self, command: Command) -> None:
+        self.sent.append(command)
+
+    async def stop(self) -> None:
+        self.sent.clear()
+
+
+class Notes:
+    """Observer and listener in one: remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.discarded_tokens = 0
+        self.lines: list[str] = []
+        self.expiries: list[str] = []
+
+    def worker_ready(self, ready: Ready) -> None:
+        self.lines.append("worker ready")
+
+    def step(self, report: StepReport) -> None:
+        pass
+
+    def discarded(self, num_tokens: int) -> None:
+        self.discarded_tokens += num_tokens
+
+    def expired(self, reason: str) -> None:
+        self.expiries.append(reason)
+
+    def loading(self, stage: str, fraction: float) -> None:
+        self.lines.append(f"{stage} {fraction}")
+
+    def ready(self, ready: Ready) -> None:
+        self.lines.append("ready")
+
+    def failed(self, message: str) -> None:
+        self.lines.append(message)
+
+
+class Played:
+    """A client whose worker is the test."""
+
+    def __init__(
+        self, *, max_queued: int = 0, max_num_seqs: int = 4, deadlines: Deadlines | None = None
+    ) -> None:
+        self.process, self.notes = RecordedProcess(), Notes()
+        self.client = EngineClient(
+            self.process,
+            max_queued=max_queued,
+            deadlines=deadlines or Deadlines(),
+            observer=self.notes,
+            listener=self.notes,
+            clock=lambda: 0.0,
+        )
+        self.client.start()
+        self.settings = EngineSettings(max_num_seqs=max_num_seqs)
+
+    def ready(self) -> Played:
+        self.process.callbacks.on_event(scripted_ready(self.settings, "{}"))
+        return self
+
+    def step(self, *decoded: Decoded, num_running: int = 0) -> None:
+        self.process.callbacks.on_event(StepReport(list(decoded), Load(num_running=num_running)))
+
+    def submit(self, *sequence_ids: int) -> TokenStream:
+        return self.client.submit([generate(sequence_id) for sequence_id in sequence_ids])
+
+
+def generate(sequence_id: int) -> Generate:
+    return Generate(sequence_id, [1], 8, SamplingParams(), 0, [0], 4, 3)
+
+
+def said(sequence_id: int, *token_ids: int, finish: FinishReason | None = None) -> Decoded:
+    return Decoded(sequence_id, list(token_ids), 0, 0, 4, finish_reason=finish)
+
+
+async def drain(stream: TokenStream) -> tuple[list[Decoded], ApiError | None]:
+    events: list[Decoded] = []
+    try:
+        while True:
+            events += [arrival.decoded for arrival in await asyncio.wait_for(stream.next(), 0.01)]
+    except TimeoutError:
+        return events, None
+    except ApiError as error:
+        return events, error
