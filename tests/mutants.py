@@ -61,8 +61,8 @@ MUTANTS = (
     Mutant(
         "verification starts from the exit hidden of its own position",
         "decoding/verification.py",
-        "torch.cat((hidden_ND, drafts.exits_MD))",
-        "torch.cat((hidden_ND, drafts.exits_MD.roll(1, dims=0)))",
+        "torch.cat((hidden_ND, exits_MD))",
+        "torch.cat((hidden_ND, exits_MD.roll(1, dims=0)))",
         MIXES,
     ),
     Mutant(
@@ -103,8 +103,8 @@ MUTANTS = (
     Mutant(
         "a choice is edited behind the drafts before it",
         "decoding/verification.py",
-        "np.arange(num_drafts)",
-        "np.arange(max(0, num_drafts - 1))",
+        "places.drafts_BK[row, :num_drafts]",
+        "places.drafts_BK[row, : max(0, num_drafts - 1)]",
         MIXES,
     ),
     Mutant(
