@@ -33,7 +33,7 @@ async def plan_chat(
     speculation = resolve_speculation(request, model.client.ready.limits)
     budget = _budget(request)
     prompt = await _prompt(request, model, budget)
-    planner = SequencePlanner(request, model, budget, request.prompt_logprobs)
+    planner = SequencePlanner(request, model, budget, speculation, request.prompt_logprobs)
     return GenerationPlan(
         request=request,
         prompts=[prompt],

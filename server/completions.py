@@ -38,7 +38,7 @@ async def plan_completion(
     speculation = resolve_speculation(request, limits)
     budget = TokenBudget(asked=request.max_tokens, default=_DEFAULT_MAX_TOKENS)
     prompts = await _prompts(request, model, budget)
-    planner = SequencePlanner(request, model, budget, _num_prompt_top(request))
+    planner = SequencePlanner(request, model, budget, speculation, _num_prompt_top(request))
     return GenerationPlan(
         request=request,
         prompts=prompts,

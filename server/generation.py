@@ -25,7 +25,6 @@ from server.limits import (
     TokenBudget,
     resolve_max_tokens,
     resolve_sampling,
-    resolve_speculation,
 )
 from server.openai_params import GenerationParams
 from server.openai_types import AnswerHead, AnswerMetrics, JsonObject, Usage
@@ -85,13 +84,13 @@ class SequencePlanner:
     request: GenerationParams
     model: ServedModel
     budget: TokenBudget
+    speculation: Speculation
     num_prompt_top: int | None
 
     def sequences(self, prompts: Sequence[PlannedPrompt]) -> list[Generate]:
         """One for each choice of each prompt. Raises ApiError; takes no resource of the worker."""
-        request, ready = self.request, self.model.client.ready
+        request, speculation = self.request, self.speculation
         seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
-        speculation = resolve_speculation(request, ready.limits)
         self.model.codec.check_ids(request.stop_token_ids or (), param="stop_token_ids")
         shapes = [self._shape(prompt) for prompt in prompts]
         return [

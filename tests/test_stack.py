@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training.schedules import dropout_depth
-from training.stack import Batch, SkippingStack, Weighing, draw_runs
+from training.stack import Batch, SkippingStack, Weighing, draw_runs, exit_hiddens
 
 NUM_LAYERS = 4
 
@@ -60,9 +60,8 @@ def test_each_exit_s_loss_is_the_cross_entropy_of_its_logits():
 def test_a_sample_that_skips_layers_computes_what_a_model_without_them_would():
     model, batch = make_model(), make_batch(num_samples=3)
     runs = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
-    stack = SkippingStack(model)
     logits = {}
-    hiddens = stack._exit_hiddens(Batch(batch.ids_BT, batch.next_BT, runs), frozenset({3}))
+    hiddens = exit_hiddens(model, batch.ids_BT, runs)
     logits = model.lm_head(model.model.norm(hiddens[3]))
     whole = list(model.model.layers)
     for sample in range(3):

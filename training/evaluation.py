@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from training.stack import exit_hiddens
+
 
 @dataclass(frozen=True, slots=True)
 class ExitQuality:
@@ -56,7 +58,7 @@ def evaluate(model: LlamaForCausalLM, windows: Sequence[Tensor], *, bytes_per_to
     for window in windows:
         window_T = window.to(model.device)
         ids_1T, next_T = window_T[None, :-1], window_T[1:]
-        hiddens = _exit_hiddens(model, ids_1T)
+        hiddens = exit_hiddens(model, ids_1T)
         final_T = _logits(model, hiddens[-1]).argmax(-1)
         # One exit's logits at a time: those of all would fill the memory where the vocabulary is large.
         for index, hidden_1TD in enumerate(hiddens):
@@ -70,18 +72,6 @@ def evaluate(model: LlamaForCausalLM, windows: Sequence[Tensor], *, bytes_per_to
         for index in range(num_layers)
     )
     return Evaluation(exits, num_tokens, exits[-1].loss / math.log(2) / bytes_per_token)
-
-
-def _exit_hiddens(model: LlamaForCausalLM, ids_1T: Tensor) -> list[Tensor]:
-    core = model.model
-    hidden_1TD = core.embed_tokens(ids_1T)
-    positions_1T = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
-    rotations = core.rotary_emb(hidden_1TD, position_ids=positions_1T)
-    found = []
-    for layer in core.layers:
-        hidden_1TD = layer(hidden_1TD, attention_mask=None, position_embeddings=rotations)
-        found.append(hidden_1TD)
-    return found
 
 
 def _logits(model: LlamaForCausalLM, hidden_1TD: Tensor) -> Tensor:

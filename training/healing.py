@@ -20,17 +20,16 @@ from decoding.checkpoint import open_checkpoint
 from decoding.engine import Engine
 from decoding.messages import Generate, SamplingParams, sequence_seed
 from training.corpus import Source, Windows, read_corpus
-from training.evaluation import evaluate
 from training.recipe import Lora, OwnTexts, Recipe, RecipeError
 from training.runs import (
     RunOptions,
     Texts,
     TextSource,
     follow,
-    held_out_windows,
     keep_texts,
     kept_texts,
     make_accelerator,
+    measure,
     write_checkpoint,
     write_report,
 )
@@ -63,7 +62,7 @@ def heal(recipe: Recipe, model_name: str, options: RunOptions) -> Path:
     follow(trainer, options)
     if recipe.lora is not None:
         _merge_lora(model)
-    after = evaluate(model, held_out_windows(texts), bytes_per_token=texts.bytes_per_token).as_json()
+    after = measure(model, texts)
     folder = options.folder / recipe.name
     write_checkpoint(model, texts.tokenizer, folder)
     _keep_generation_defaults(origin, folder)
@@ -151,8 +150,7 @@ def _keep_generation_defaults(origin: Path, folder: Path) -> None:
 
 def _measure_once(model: LlamaForCausalLM, texts: Texts, path: Path) -> dict[str, Any]:
     if not path.is_file():
-        measured = evaluate(model, held_out_windows(texts), bytes_per_token=texts.bytes_per_token)
-        path.write_text(json.dumps(measured.as_json()), encoding="utf-8")
+        path.write_text(json.dumps(measure(model, texts)), encoding="utf-8")
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return known
 

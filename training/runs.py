@@ -208,12 +208,16 @@ def _forget_steps_from(log: Path, next_step: int) -> None:
 
 def finish(model: LlamaForCausalLM, texts: Texts, trainer: Trainer, options: RunOptions) -> Path:
     """Evaluate, and write the checkpoint in bfloat16 as a folder that transformers and the engine load."""
-    model.float()
-    evaluation = evaluate(model, held_out_windows(texts), bytes_per_token=texts.bytes_per_token)
+    measured = measure(model, texts)
     folder = options.folder / trainer.recipe.name
     write_checkpoint(model, texts.tokenizer, folder)
-    write_report(folder, {"held_out": evaluation.as_json()}, texts, trainer)
+    write_report(folder, {"held_out": measured}, texts, trainer)
     return folder
+
+
+def measure(model: LlamaForCausalLM, texts: Texts) -> Mapping[str, object]:
+    """What every exit knows of the held-out text, for a report."""
+    return evaluate(model, held_out_windows(texts), bytes_per_token=texts.bytes_per_token).as_json()
 
 
 def held_out_windows(texts: Texts) -> list[torch.Tensor]:

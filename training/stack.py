@@ -74,7 +74,7 @@ class SkippingStack(nn.Module):
 
     def forward(self, batch: Batch, weighing: Weighing) -> Losses:
         """The loss of one micro-batch (equation 3): every exit through the model's own final norm and head."""
-        hiddens = self._exit_hiddens(batch, frozenset(weighing.exits))
+        hiddens = exit_hiddens(self.model, batch.ids_BT, batch.runs_LB)
         last = self.num_layers - 1
         final = self._loss_at(
             hiddens[last], batch.next_BT, weighing.teacher_BTV, share=weighing.teacher_share
@@ -98,24 +98,26 @@ class SkippingStack(nn.Module):
             self.model.model.norm, self.model.lm_head, hidden_BTD, next_BT, target_BTV, share
         )
 
-    def _exit_hiddens(self, batch: Batch, exits: frozenset[int]) -> dict[int, Tensor]:
-        core = self.model.model
-        hidden_BTD = core.embed_tokens(batch.ids_BT)
-        positions_1T = torch.arange(batch.ids_BT.shape[1], device=hidden_BTD.device)[None]
-        rotations = core.rotary_emb(hidden_BTD, position_ids=positions_1T)
-        everyone_L = batch.runs_LB.all(1).tolist()
-        found: dict[int, Tensor] = {}
-        for index, layer in enumerate(core.layers):
-            if everyone_L[index]:
-                hidden_BTD = _run(layer, hidden_BTD, rotations)
-            else:
-                running = batch.runs_LB[index].nonzero()[:, 0]
-                if len(running):
-                    through_BTD = _run(layer, hidden_BTD.index_select(0, running), rotations)
-                    hidden_BTD = hidden_BTD.index_copy(0, running, through_BTD)
-            if index in exits:
-                found[index] = hidden_BTD
-        return found
+
+def exit_hiddens(model: LlamaForCausalLM, ids_BT: Tensor, runs_LB: Tensor | None = None) -> list[Tensor]:
+    """What leaves each layer, [B, T, D]; samples that `runs_LB` leaves out of a layer pass it by unchanged."""
+    core = model.model
+    hidden_BTD = core.embed_tokens(ids_BT)
+    positions_1T = torch.arange(ids_BT.shape[1], device=hidden_BTD.device)[None]
+    rotations = core.rotary_emb(hidden_BTD, position_ids=positions_1T)
+    everyone_L = [True] * len(core.layers) if runs_LB is None else runs_LB.all(1).tolist()
+    found: list[Tensor] = []
+    for index, layer in enumerate(core.layers):
+        if everyone_L[index]:
+            hidden_BTD = _run(layer, hidden_BTD, rotations)
+        else:
+            assert runs_LB is not None
+            running = runs_LB[index].nonzero()[:, 0]
+            if len(running):
+                through_BTD = _run(layer, hidden_BTD.index_select(0, running), rotations)
+                hidden_BTD = hidden_BTD.index_copy(0, running, through_BTD)
+        found.append(hidden_BTD)
+    return found
 
 
 def draw_runs(dropout_L: list[float], num_samples: int, generator: torch.Generator) -> Tensor:
