@@ -66,4 +66,4 @@ COMMA_LIST: Final = (NoDecode, BeforeValidator(_split_commas))
 
 ApiKey = Annotated[SecretStr, AfterValidator(_check_key)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
-ModelName = Annotated[str, Field(min_length=1)]
+ModelNames = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), *COMMA_LIST]

@@ -6,6 +6,7 @@ Knows ranges and precedence; knows nothing of what a checkpoint allows. The only
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Final, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -23,9 +24,10 @@ from pydantic_settings import (
 )
 
 from config.errors import SettingsError
-from config.setting_types import COMMA_LIST, ApiKey, Loader, LogFormat, LogLevel, ModelName, Origin
+from config.setting_types import COMMA_LIST, ApiKey, Loader, LogFormat, LogLevel, ModelNames, Origin
 
 ENV_PREFIX: Final = "LAYERSKIP_"
+DEFAULT_MEMORY_FRACTION: Final = 0.9
 BUNDLED_CHECKPOINT: Final = Path(__file__).parent / "checkpoints" / "python-tiny-13m"
 
 
@@ -75,7 +77,15 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     max_draft_length: int = Field(default=16, ge=0, le=64, description="Longest draft a request may ask for.")
     num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of the worker; unset: chosen for it."
+        default=None,
+        ge=1,
+        description="CPU threads of a worker; unset: all cores but one, divided among the workers.",
+    )
+    memory_fraction: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of an accelerator's memory for one worker; unset: 0.9, divided among the workers.",
     )
 
 
@@ -84,9 +94,8 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    served_model_name: Annotated[tuple[ModelName, ...] | None, *COMMA_LIST] = Field(
+    served_model_name: ModelNames | None = Field(
         default=None,
-        min_length=1,
         description="Names that requests may use; answers and metrics have the first; unset: from the checkpoint.",
     )
     chat_template: Path | None = Field(
@@ -129,6 +138,23 @@ class ServerSettings(BaseModel, frozen=True, extra="forbid"):
     log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json.")
 
 
+class ModelChoice(EngineSettings):
+    """One of several checkpoints; only what is given differs from what is chosen for all."""
+
+    model: str = Field(min_length=1)
+    served_model_name: ModelNames | None = None
+    chat_template: Path | None = None
+
+    @property
+    def given(self) -> dict[str, object]:
+        """What was chosen for this one alone."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+def _as_choice(value: object) -> object:
+    return {"model": value} if isinstance(value, str) else value
+
+
 class Settings(ServerSettings, EngineSettings, BaseSettings):
     """Everything the operator chose. Precedence: flags, then environment, then YAML file, then defaults."""
 
@@ -137,6 +163,42 @@ class Settings(ServerSettings, EngineSettings, BaseSettings):
     )
 
     config: Path | None = Field(default=None, description="YAML file with settings.")
+    models: Annotated[tuple[Annotated[ModelChoice, BeforeValidator(_as_choice)], ...] | None, *COMMA_LIST] = (
+        Field(
+            default=None,
+            min_length=1,
+            description="Checkpoints to serve together, one worker each; in the YAML file with own settings.",
+        )
+    )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuse what would leave open which checkpoint is meant."""
+        if self.models is None:
+            return self
+        if "model" in self.model_fields_set:
+            raise SettingsError(f"model {self.model}: `models` lists others; give one of the two")
+        taken = Counter(name for each in self.per_model() for name in each.model_names)
+        name, times = taken.most_common(1)[0]
+        if times > 1:
+            remedy = "give each a served_model_name in the YAML file's `models`"
+            raise SettingsError(f"models: {times} checkpoints would answer to {name}: {remedy}")
+        return self
+
+    def per_model(self) -> tuple[Self, ...]:
+        """What is chosen for each checkpoint: its own settings before those for all, a share of the machine."""
+        if self.models is None:
+            return (self,)
+        shares = self._shares(len(self.models))
+        return tuple(self.model_copy(update={"models": None} | shares | each.given) for each in self.models)
+
+    def _shares(self, num_workers: int) -> dict[str, object]:
+        """Threads and memory of one worker of several, where the operator left them open."""
+        shares: dict[str, object] = {
+            "num_threads": max(1, default_num_threads() // num_workers),
+            "memory_fraction": DEFAULT_MEMORY_FRACTION / num_workers,
+        }
+        return {name: share for name, share in shares.items() if getattr(self, name) is None}
 
     @property
     def engine(self) -> EngineSettings:
@@ -179,6 +241,11 @@ class Settings(ServerSettings, EngineSettings, BaseSettings):
             return cls(**dict(flags))  # type: ignore[arg-type]
         except ValidationError as error:
             raise _as_settings_error(error) from error
+
+
+def default_num_threads() -> int:
+    """All cores but one, which is left to the API process: threads that wait for a core cost milliseconds."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def flag_name(field: str) -> str:

@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from config.errors import SettingsError
-from config.settings import EngineSettings
+from config.settings import DEFAULT_MEMORY_FRACTION, EngineSettings
 from decoding.attention import AttentionShape
 from decoding.checkpoint import Checkpoint
 from decoding.kv_cache import slot_bytes
@@ -19,8 +19,8 @@ from decoding.kv_cache import slot_bytes
 _CPU_CACHE_BYTES: Final = 1 << 30
 """What the KV cache takes on a CPU unless told otherwise: memory is shared with everything else there."""
 
-_DEVICE_SHARE: Final = 0.9
-"""Share of an accelerator's memory that weights, cache and activations may take together."""
+_SPARE_SHARE: Final = 0.1
+"""Share of an accelerator's memory that is left free whatever is asked for: activations and graphs come later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,19 @@ class Capacity:
     def num_slots(self) -> int:
         """Positions that the cache holds."""
         return self.num_blocks * self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """An accelerator's memory in bytes, after the weights were loaded; others may hold some of it or soon will."""
+
+    free: int
+    total: int
+    ours: int
+
+    def for_cache(self, fraction: float) -> int:
+        """What the cache may take so that this process holds at most `fraction` of all, and some stays free."""
+        return int(min(fraction * self.total - self.ours, self.free - _SPARE_SHARE * self.total))
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -54,7 +67,7 @@ def exceeds_device(num_bytes: int, device: torch.device) -> bool:
 
     available = get_max_memory()
     key = "cpu" if device.type == "cpu" else device.index or 0
-    return key in available and num_bytes > _DEVICE_SHARE * float(available[key])
+    return key in available and num_bytes > DEFAULT_MEMORY_FRACTION * float(available[key])
 
 
 def plan_capacity(
@@ -66,7 +79,7 @@ def plan_capacity(
 ) -> Capacity:
     """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError."""
     slot = slot_bytes(num_layers=checkpoint.shape.num_layers, slot_width=shape.slot_width, dtype=dtype)
-    affordable = _cache_bytes(device) // (slot * settings.block_size)
+    affordable = _cache_bytes(device, settings.memory_fraction) // (slot * settings.block_size)
     max_model_len = _context(
         settings, checkpoint.shape.max_positions, affordable * settings.block_size, device
     )
@@ -94,8 +107,9 @@ def _context(settings: EngineSettings, longest: int, affordable_tokens: int, dev
     return wanted
 
 
-def _cache_bytes(device: torch.device) -> int:
+def _cache_bytes(device: torch.device, fraction: float | None) -> int:
     if device.type == "cpu":
         return _CPU_CACHE_BYTES
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - (1 - _DEVICE_SHARE) * total)
+    memory = DeviceMemory(free=free, total=total, ours=torch.cuda.memory_reserved(device))
+    return memory.for_cache(fraction or DEFAULT_MEMORY_FRACTION)

@@ -5,7 +5,6 @@ Knows token ids, not text. Runs in one thread; usable without a server.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from config.errors import SettingsError
-from config.settings import EngineSettings
+from config.settings import EngineSettings, default_num_threads
 from decoding.attention import AttentionShape, GatherAttention
 from decoding.blocks import BlockPool
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
@@ -171,11 +170,6 @@ def _check_budget(settings: EngineSettings) -> None:
         raise SettingsError(
             f"max_num_batched_tokens {budget} is less than a token for each of {rows} rows: {remedy}"
         )
-
-
-def default_num_threads() -> int:
-    """All cores but one, which is left to the API process: threads that wait for a core cost milliseconds."""
-    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from email.message import Message
 from typing import IO, Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -109,9 +109,10 @@ class ApiClient:
             raise ClientError("a key holds printable ASCII characters only; mend --api-key")
         self._opener = urllib.request.build_opener(_NoRedirects)
 
-    def server_info(self) -> ServerInfo:
-        """What the server serves."""
-        return self._ask("/server_info", None, ServerInfo)
+    def server_info(self, model: str | None = None) -> ServerInfo:
+        """What the server serves; of several models the one of this name, else the first."""
+        query = "" if model is None else f"?model={quote(model, safe='')}"
+        return self._ask(f"/server_info{query}", None, ServerInfo)
 
     def complete(self, body: Body) -> Answer:
         """The answer to a completion request."""

@@ -9,18 +9,17 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final, Self
 
 from starlette.datastructures import Headers
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.errors import SettingsError
 from config.setting_types import is_bearer_key
 from config.settings import ServerSettings
-from server.errors import ApiError, Unauthorized
+from server.errors import Refusal, Unauthorized
 
 _log = logging.getLogger("layerskip.auth")
 
@@ -58,7 +57,7 @@ class ApiKeys:
 class KeyGate:
     """Lets a request pass that bears a key, or asks for a path that is open; `refuse` answers all others."""
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, refuse: Callable[[ApiError], Response]) -> None:
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, refuse: Refusal) -> None:
         self._app = app
         self._keys = keys
         self._refuse = refuse
@@ -68,7 +67,7 @@ class KeyGate:
         if scope["type"] != "http" or self._may_pass(scope):
             await self._app(scope, receive, send)
         else:
-            await self._refuse(Unauthorized())(scope, receive, send)
+            await self._refuse(Unauthorized(), scope)(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
         """Decided on the path the router will see: one put together with the Host header can be forged."""

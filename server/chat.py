@@ -28,7 +28,6 @@ async def plan_chat(
 ) -> GenerationPlan:
     """Check a request against the model, render and tokenise it. Raises ApiError; takes no resource."""
     received_s = clock()
-    model.answer_to(request.model)
     check_counts(request, model.settings)
     speculation = resolve_speculation(request, model.client.ready.limits)
     budget = _budget(request)

@@ -10,6 +10,7 @@ import inspect
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -54,7 +55,10 @@ def _with_settings_flags(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [
         inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         _parameter(
-            "checkpoint", typer.Argument(metavar="MODEL", help="Same as --model.", show_default=False)
+            "checkpoint",
+            typer.Argument(
+                metavar="MODEL…", help="Same as --model; of several, as --models.", show_default=False
+            ),
         ),
     ]
     for name, field in Settings.model_fields.items():
@@ -74,7 +78,7 @@ def _parameter(name: str, kind: object, *, takes_several: bool = False) -> inspe
 @app.command(context_settings=_FLAGS_PASS)
 @_with_settings_flags
 def serve(context: typer.Context, **values: str | list[str] | None) -> None:
-    """Serve a checkpoint over HTTP; without MODEL, the bundled one. Flags win over LAYERSKIP_* variables,
+    """Serve checkpoints over HTTP; without MODEL, the bundled one. Flags win over LAYERSKIP_* variables,
     these over the YAML file of --config, and that over the defaults.
     """
     from server.worker import load_engine
@@ -90,16 +94,20 @@ app.command("inspect")(inspect_layers)
 
 def chosen_settings(extra: list[str], values: Mapping[str, str | None]) -> Settings:
     """Settings from the flags that were given. Raises SettingsError, also for what is no flag at all."""
-    flags = {name: value for name, value in values.items() if value is not None}
-    checkpoint = flags.pop("checkpoint", None)
-    for word in [checkpoint or "", *extra]:
+    flags: dict[str, object] = {name: value for name, value in values.items() if value is not None}
+    first = flags.pop("checkpoint", None)
+    checkpoints = [*([] if first is None else [str(first)]), *extra]
+    for word in checkpoints:
         if word.startswith("-"):
             refuse_unknown(word.partition("=")[0], [*map(flag_name, Settings.model_fields)], "flag")
-    if extra:
-        raise SettingsError(f"unexpected argument {extra[0]}: `serve` takes one MODEL")
-    if checkpoint is not None and flags.setdefault("model", checkpoint) != checkpoint:
-        raise SettingsError(f"model {checkpoint}: --model says {flags['model']}; give one of them")
-    return Settings.load(flags)
+    named: dict[str, object] = {"models": checkpoints} if len(checkpoints) > 1 else {}
+    if len(checkpoints) == 1:
+        named = {"model": checkpoints[0]}
+    for name in named.keys() & flags.keys():
+        if named[name] != flags[name]:
+            both = f"{name} {checkpoints[0]}: {flag_name(name)} says {flags[name]}"
+            raise SettingsError(f"{both}; give one of them")
+    return Settings.load(flags | named)
 
 
 def run(settings: Settings, *, load: EngineLoader) -> int:
@@ -113,18 +121,22 @@ def run(settings: Settings, *, load: EngineLoader) -> int:
     with listen(settings.host, settings.port) as listener:
         application = create_app(settings, load=load, listener=_start_listener(settings, url_of(listener)))
         HttpServer(application).serve_until_signal(listener)
-    return 1 if application.model.client.has_failed_to_start else 0
+    return 1 if application.models.have_failed_to_start else 0
 
 
-def _start_listener(settings: Settings, url: str) -> StartListener:
-    """Who tells how the start goes: words for people, or the log where every line must be JSON."""
+def _start_listener(settings: Settings, url: str) -> Callable[[str], StartListener]:
+    """Who tells how a model's start goes: words for people, or the log where every line must be JSON."""
     from server.app import LogListener
-    from server.banner import Terminal
+    from server.banner import Site, Terminal
 
     if settings.log_format is LogFormat.JSON:
-        return LogListener(url=url)
-    needs_key = settings.api_key is not None or settings.api_key_file is not None
-    return Terminal(sys.stderr, url=url, model_name=settings.model_name, needs_key=needs_key)
+        return partial(LogListener, url=url)
+    site = Site(
+        url,
+        needs_key=settings.api_key is not None or settings.api_key_file is not None,
+        has_several_models=settings.models is not None,
+    )
+    return partial(Terminal, sys.stderr, site)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -30,7 +30,6 @@ async def plan_completion(
 ) -> GenerationPlan:
     """Check a request against the model and tokenise it. Raises ApiError; takes no resource of the worker."""
     received_s = clock()
-    model.answer_to(request.model)
     limits = model.client.ready.limits
     check_counts(request, model.settings)
     if request.max_tokens == 0 and not request.echo:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError, Draining
+from server.errors import Draining, Refusal
 
 # Work comes by this method; everything else only looks.
 _WORK = "POST"
@@ -20,9 +19,7 @@ _WORK = "POST"
 class DrainGate:
     """Counts work under way. Once `is_draining`, `refuse` answers new work and no connection is kept."""
 
-    def __init__(
-        self, app: ASGIApp, *, is_draining: Callable[[], bool], refuse: Callable[[ApiError], Response]
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, is_draining: Callable[[], bool], refuse: Refusal) -> None:
         self._app = app
         self._is_draining = is_draining
         self._refuse = refuse
@@ -37,7 +34,7 @@ class DrainGate:
         if scope["method"] != _WORK:
             await self._app(scope, receive, closing)
         elif self._is_draining():
-            await self._refuse(Draining())(scope, receive, closing)
+            await self._refuse(Draining(), scope)(scope, receive, closing)
         else:
             await self._work(scope, receive, closing)
 

@@ -50,7 +50,12 @@ class Edge:
     """Wraps an application. `count` is told of bodies refused for their size and of clients that were dropped."""
 
     def __init__(
-        self, app: ASGIApp, *, max_body_bytes: int, slow_reader_timeout_s: float, count: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        slow_reader_timeout_s: float,
+        count: Callable[[str, Scope], None],
     ) -> None:
         self._app = app
         self._slow_reader_timeout_s = slow_reader_timeout_s
@@ -77,9 +82,9 @@ class Edge:
         finally:
             exchange.log(remark="slow_reader" if reader.has_stopped else None)
         if reader.has_stopped:
-            self._count("slow_reader")
+            self._count("slow_reader", scope)
         if exchange.status == 413:
-            self._count("too_large")
+            self._count("too_large", scope)
 
 
 class _Reader:

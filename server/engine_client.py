@@ -143,7 +143,6 @@ class EngineClient:
         self._ready: Ready | None = None
         self._heard_at_s = clock()
         self._is_stopping = False
-        self.is_draining = False
         self.state = WorkerState.LOADING
         self.stage = "starting"
         self.fraction = 0.0
@@ -198,10 +197,6 @@ class EngineClient:
         """End open streams with an error and the worker with them."""
         self.refuse_work()
         await self._process.stop()
-
-    def drain(self) -> None:
-        """Let what is open come to its end; whoever lets requests in must let in no more."""
-        self.is_draining = True
 
     def refuse_work(self) -> None:
         """Let nothing in any more and end every open stream with an error."""

@@ -10,8 +10,9 @@ from typing import ClassVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 
 class ApiError(Exception):
@@ -89,8 +90,10 @@ class ModelNotFound(ApiError):
     code = "model_not_found"
     rejection = "model"
 
-    def __init__(self, asked: str, *, served: str) -> None:
-        super().__init__(f"model `{asked[:100]}` is not served here; `{served}` is", param="model")
+    def __init__(self, asked: str, *, served: Sequence[str]) -> None:
+        names = ", ".join(f"`{name}`" for name in served)
+        verb = "is" if len(served) == 1 else "are"
+        super().__init__(f"model `{asked[:100]}` is not served here; {names} {verb}", param="model")
 
 
 class Unauthorized(ApiError):
@@ -197,10 +200,14 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+Refusal = Callable[[ApiError, Scope], Response]
+"""Makes, and counts, the answer to a request that is not let in."""
+
+
 class ErrorAnswers:
     """Answers every failure of an application in the one shape. `count` is told why a request was refused."""
 
-    def __init__(self, *, count: Callable[[str], None]) -> None:
+    def __init__(self, *, count: Callable[[str, Scope], None]) -> None:
         self._count = count
 
     def register(self, app: FastAPI) -> None:
@@ -210,15 +217,15 @@ class ErrorAnswers:
         app.add_exception_handler(HTTPException, self._answer_http_error)
         app.add_exception_handler(Exception, self._answer_bug)
 
-    def answer(self, error: ApiError) -> JSONResponse:
+    def answer(self, error: ApiError, scope: Scope) -> JSONResponse:
         """The answer to a request that is refused; counts it."""
         if error.rejection is not None:
-            self._count(error.rejection)
+            self._count(error.rejection, scope)
         return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
-    async def _answer_api_error(self, _: Request, error: Exception) -> JSONResponse:
+    async def _answer_api_error(self, request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return self.answer(error)
+        return self.answer(error, request.scope)
 
     async def _answer_validation_error(self, request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)

@@ -60,7 +60,7 @@ class _HttpConnection(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """Serves until a signal, or until the worker's start came to nothing.
+    """Serves until a signal, or until the start of every worker came to nothing.
 
     The first SIGTERM lets running requests finish; SIGINT, or a second signal, does not wait for them.
     """
@@ -81,7 +81,7 @@ class HttpServer(uvicorn.Server):
             )
         )
         self._app = app
-        self._settings = app.model.settings
+        self._settings = app.settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_until_s: float | None = None
 
@@ -103,7 +103,7 @@ class HttpServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
-        self.should_exit |= self._app.model.client.has_failed_to_start
+        self.should_exit |= self._app.models.have_failed_to_start
         if self._drain_until_s is not None and not self.should_exit:
             is_late = time.monotonic() >= self._drain_until_s
             if is_late or not self._app.num_under_way:
@@ -122,7 +122,7 @@ class HttpServer(uvicorn.Server):
             self._stop()
 
     def _drain(self) -> None:
-        self._app.model.client.drain()
+        self._app.models.drain()
         _log.info(
             "draining: %d requests under way have up to %g s",
             self._app.num_under_way,
@@ -135,7 +135,7 @@ class HttpServer(uvicorn.Server):
         Not by way of uvicorn's own handler: it would raise the signal again, and that would be the exit code.
         """
         self.should_exit = True
-        self._in_loop(self._app.model.client.refuse_work)
+        self._in_loop(self._app.models.refuse_work)
 
     def _in_loop(self, action: Callable[[], None]) -> None:
         if self._loop is not None:

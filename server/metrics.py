@@ -6,7 +6,8 @@ becomes series at a scrape (`metric_families`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
@@ -75,6 +76,18 @@ class StepTotals:
         yield make.histogram("vllm:iteration_tokens_total", "Tokens computed in one step.", self.step_tokens)
 
 
+def exposition(models: Iterable[Metrics]) -> bytes:
+    """The body of a scrape, of type `CONTENT_TYPE`: every family once, with the samples of every model."""
+    together: dict[str, Metric] = {}
+    for family in chain.from_iterable(metrics.families() for metrics in models):
+        together.setdefault(
+            family.name, Metric(family.name, family.documentation, family.type)
+        ).samples.extend(family.samples)
+    registry = CollectorRegistry()
+    registry.register(AtScrape(together.values))
+    return generate_latest(registry)
+
+
 class Metrics:
     """The series of one model. Only the event loop writes and reads them."""
 
@@ -92,7 +105,7 @@ class Metrics:
         self._ready: Ready | None = None
         self._make_counters()
         self._make_histograms()
-        self._registry.register(AtScrape(self._families))
+        self._registry.register(AtScrape(self._at_scrape))
 
     def _make_counters(self) -> None:
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of answers that began.")
@@ -156,9 +169,9 @@ class Metrics:
         """Count a request that was not let in."""
         self._rejected.labels(self._model_name, reason).inc()
 
-    def exposition(self) -> bytes:
-        """The body of a scrape, of type `CONTENT_TYPE`."""
-        return generate_latest(self._registry)
+    def families(self) -> Iterable[Metric]:
+        """All series as they are now."""
+        return self._registry.collect()
 
     def _counter(self, name: str, help_text: str) -> Counter:
         return Counter(name, help_text, ["model_name"], registry=self._registry).labels(self._model_name)
@@ -173,7 +186,7 @@ class Metrics:
         )
         return histogram.labels(self._model_name)
 
-    def _families(self) -> Iterator[Metric]:
+    def _at_scrape(self) -> Iterator[Metric]:
         make = Families(self._model_name)
         if self._worker is not None:
             yield from make.worker(self._worker)

@@ -48,6 +48,7 @@ class RandomRequests:
         limits = self._bounds.limits
         max_tokens = self._random.randint(1, self._max_tokens)
         return {
+            "model": self._bounds.model,
             "prompt": self._ids() if self._chance(0.3) else self._text(),
             "max_tokens": max_tokens,
             "exit_layer": self._random.choice(self._bounds.allowed_exit_layers),

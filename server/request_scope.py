@@ -1,6 +1,6 @@
 """What a route may ask of the request it answers.
 
-Knows where an application keeps its model; knows nothing of what is done with it.
+Knows where an application keeps its models; knows nothing of what is done with them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,26 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from server.served_model import ServedModel
+from server.served_models import ServedModels
 
 
-def served_model(request: Request) -> ServedModel:
-    """The model this application serves."""
-    model = request.app.state.model
-    assert isinstance(model, ServedModel)
-    return model
+def served_models(request: Request) -> ServedModels:
+    """The models this application serves."""
+    models = request.app.state.models
+    assert isinstance(models, ServedModels)
+    return models
 
 
-Model = Annotated[ServedModel, Depends(served_model)]
+class Chooser:
+    """Finds the model that a request means by the name in its body. Raises ModelNotFound and InvalidRequest."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+
+    def __call__(self, name: str | None) -> ServedModel:
+        """The model; from now on what is refused counts as its own."""
+        return served_models(self._request).choose(name, self._request.scope)
+
+
+Models = Annotated[ServedModels, Depends(served_models)]
+Choose = Annotated[Chooser, Depends(Chooser)]

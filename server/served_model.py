@@ -13,7 +13,7 @@ from server.chat_template import ChatTemplate, TemplateSource
 from server.codec import Codec
 from server.deadlines import Deadlines
 from server.engine_client import EngineClient
-from server.errors import InvalidRequest, ModelNotFound, Unavailable
+from server.errors import InvalidRequest, Unavailable
 from server.metrics import Metrics
 from server.observers import StartListener
 from server.supervisor import WorkerProcess
@@ -59,11 +59,6 @@ class ServedModel:
     def has_chat_template(self) -> bool:
         """Whether chats are served."""
         return self._chat_template is not None
-
-    def answer_to(self, name: str | None) -> None:
-        """Check that a request means this model; no name means it too. Raises ModelNotFound."""
-        if name is not None and name not in self.names:
-            raise ModelNotFound(name, served=self.name)
 
     def worker_ready(self, ready: Ready) -> None:
         """Take over what the worker says of its model."""

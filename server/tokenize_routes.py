@@ -16,7 +16,7 @@ from server.errors import InvalidRequest
 from server.json_route import FastJsonRoute
 from server.openai_params import Flag, TokenIds, encodable, refuse_unsupported
 from server.openai_types import JsonObject
-from server.request_scope import Model
+from server.request_scope import Choose
 from server.served_model import ServedModel
 
 router = APIRouter(route_class=FastJsonRoute)
@@ -68,9 +68,9 @@ class DetokenizeRequest(BaseModel):
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, model: Model) -> JsonObject:
+async def tokenize(body: TokenizeRequest, choose: Choose) -> JsonObject:
     """Ids of a text, or of the prompt that a conversation makes."""
-    model.answer_to(body.model)
+    model = choose(body.model)
     token_ids = await _token_ids(body, model)
     symbol = model.codec.vocabulary.symbol
     return {
@@ -82,9 +82,9 @@ async def tokenize(body: TokenizeRequest, model: Model) -> JsonObject:
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, model: Model) -> JsonObject:
+async def detokenize(body: DetokenizeRequest, choose: Choose) -> JsonObject:
     """The text of ids, special tokens included."""
-    model.answer_to(body.model)
+    model = choose(body.model)
     model.codec.check_ids(body.tokens, param="tokens")
     return {"prompt": model.codec.decoder(skip_special_tokens=False)(body.tokens)}
 

@@ -12,7 +12,7 @@ from decoding.messages import Abort, Decoded, FinishReason
 from server.codec import Codec
 from server.completions import plan_completion
 from server.generation import Generation
-from server.metrics import Metrics
+from server.metrics import Metrics, exposition
 from server.openai_types import CompletionRequest
 from tests.test_engine_client import Played
 
@@ -31,9 +31,6 @@ class Desk:
         )
         self.settings = Settings.load({})
         self.name = "m"
-
-    def answer_to(self, name: str | None) -> None:
-        assert name is None
 
     async def completion(self, **body: object) -> Generation:
         request = CompletionRequest.model_validate(body)
@@ -92,6 +89,6 @@ def test_tokens_that_came_and_were_not_read_count_as_discarded() -> None:
         (sequence,) = completion.plan.sequences
         desk.played.step(Decoded(sequence.sequence_id, [7, 7, 7], 2, 2, 4))
         completion.close()
-        assert 'layerskip_discarded_tokens_total{model_name="m"} 3.0' in desk.metrics.exposition().decode()
+        assert 'layerskip_discarded_tokens_total{model_name="m"} 3.0' in exposition([desk.metrics]).decode()
 
     asyncio.run(run())

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from config.settings import EngineSettings
 from decoding.messages import CycleTimes, Drafter, Load, StepReport
 from server.histogram import WeightedHistogram
-from server.metrics import Metrics
+from server.metrics import Metrics, exposition
 from tests.scripted_engine import scripted_ready
 
 GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
@@ -80,7 +80,7 @@ def ready_metrics() -> Metrics:
 
 
 def samples_of(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    text = metrics.exposition().decode()
+    text = exposition([metrics]).decode()
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -93,7 +93,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 
 def test_every_series_is_there_from_the_start_with_its_type_and_model():
-    text = ready_metrics().exposition().decode()
+    text = exposition([ready_metrics()]).decode()
     families = list(text_string_to_metric_families(text))
     found = {
         kind: {family.name for family in families if family.type == kind}

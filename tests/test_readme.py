@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from config.settings import settings_table
+from config.settings import Settings, settings_table
 from tests.server_process import ROOT, Server
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,6 +46,15 @@ def test_every_shell_block_answers(block: str, server: Server) -> None:
 @pytest.mark.parametrize("block", blocks("python"))
 def test_every_python_block_runs(block: str, server: Server) -> None:
     assert run([sys.executable, "-W", "ignore", "-c", block.replace(SHOWN_URL, server.url)]).strip()
+
+
+def test_its_settings_files_are_accepted(tmp_path) -> None:
+    files = blocks("yaml")
+    assert files
+    for number, file in enumerate(files):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(file)
+        assert Settings.load({"config": str(path)}).per_model()
 
 
 def test_the_table_of_settings_is_current() -> None:

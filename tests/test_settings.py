@@ -126,6 +126,7 @@ def test_every_setting_is_read_from_its_flag_and_from_its_variable(environment, 
         "cors_origins": "https://page.example",
         "served_model_name": "s",
         "max_body_bytes": "2048",
+        "memory_fraction": "0.5",
     }
     value = samples.get(name, "7")
     by_flag = chosen_settings([], {name: value})
@@ -146,7 +147,10 @@ def test_table_lists_every_setting_without_a_path_of_this_machine():
     [
         (["--prot", "1"], "unknown flag --prot: did you mean --port?"),
         (["--prot=1"], "unknown flag --prot: did you mean --port?"),
-        (["a", "b"], "unexpected argument b: `serve` takes one MODEL"),
+        (
+            ["a", "a"],
+            "models: 2 checkpoints would answer to a: give each a served_model_name in the YAML file's `models`",
+        ),
         (["a", "--model", "b"], "model a: --model says b; give one of them"),
         (["--host", "no.such.host.invalid"], "host no.such.host.invalid: no such address; pass --host"),
     ],

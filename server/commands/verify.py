@@ -29,6 +29,9 @@ def verify(
         typer.Option(help="Sends the same requests again. [default: random]", show_default=False),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 48,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model. [default: the first]", show_default=False)
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Bearer key, where the server wants one.", show_default=False)
     ] = None,
@@ -44,7 +47,7 @@ def verify(
     chosen = secrets.randbelow(2**31) if seed is None else seed
     try:
         client = ApiClient(url, api_key=api_key)
-        bounds = client.server_info()
+        bounds = client.server_info(model)
         plan = Plan.draw(bounds, num_requests=requests, seed=chosen, max_tokens=max_tokens)
         print(
             f"{bounds.model}: {requests} requests, {concurrency} at once, exit layers "

@@ -19,9 +19,11 @@ async function findServer() {
   clearTimeout(retry);
   const line = byId("server");
   try {
-    const found = await (await ask("server_info")).json();
-    const isFirst = info === null;
+    const chosen = byId("model").value;
+    const found = await (await ask(`server_info${chosen && `?model=${encodeURIComponent(chosen)}`}`)).json();
+    const isFirst = info?.model !== found.model;
     info = found;
+    setModels();
     setRanges(isFirst);
     line.textContent = `${info.model} · ${info.num_layers} layers · ${info.dtype} on ${info.device} · ${info.version}`;
     line.className = "muted";
@@ -43,6 +45,13 @@ function lose(error) {
   }
   byId("access").open = true;
   byId("key").focus();
+}
+
+// Offers the models that the server has, if they are several.
+function setModels() {
+  const names = Object.keys(info.models);
+  byId("models").hidden = names.length < 2;
+  byId("model").replaceChildren(...names.map((name) => new Option(name, name, false, name === info.model)));
 }
 
 function setRanges(isFirst) {
@@ -80,7 +89,7 @@ function showSpeedUp() {
 
 async function run() {
   const seed = byId("seed").value === "" ? Math.floor(Math.random() * 2 ** 31) : numberIn("seed");
-  const shared = { prompt: byId("prompt").value, max_tokens: numberIn("max-tokens") };
+  const shared = { model: info.model, prompt: byId("prompt").value, max_tokens: numberIn("max-tokens") };
   const request = { ...shared, temperature: numberIn("temperature"), seed };
   const drafting = { exit_layer: exitLayer(), draft_length: numberIn("draft-length"), return_draft_trace: true };
   const { signal } = (running = new AbortController());
@@ -164,6 +173,7 @@ byId("form").addEventListener("submit", (event) => {
   if (!running) run();
 });
 byId("form").addEventListener("input", () => info && showChoices());
+byId("model").addEventListener("change", findServer);
 byId("stop").addEventListener("click", () => running?.abort());
 byId("show-refused").addEventListener("change", ({ target }) => {
   document.body.classList.toggle("without-refused", !target.checked);

@@ -1,0 +1,108 @@
+"""What the server says of itself: whether it serves, what, and since which version.
+
+Knows states and bounds; takes no work.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse
+
+from server.engine_client import WorkerState
+from server.request_scope import Choose, Models
+from server.served_model import ServedModel
+from server.served_models import ServedModels
+
+router = APIRouter()
+
+
+@router.get("/server_info")
+async def server_info(
+    models: Models, choose: Choose, model: Annotated[str | None, Query(max_length=1024)] = None
+) -> dict[str, object]:
+    """What is served, and within which bounds; of several models the one asked for, else the first."""
+    return _model_info(models.first if model is None else choose(model)) | {"models": models.states}
+
+
+def _model_info(model: ServedModel) -> dict[str, object]:
+    ready, settings = model.client.ready, model.settings
+    limits = ready.limits
+    return {
+        "version": _version(),
+        "model": model.name,
+        "served_model_names": list(model.names),
+        "has_chat_template": model.has_chat_template,
+        "revision": ready.revision,
+        "dtype": ready.dtype,
+        "device": ready.device,
+        "num_layers": limits.num_layers,
+        "vocab_size": limits.vocab_size,
+        "allowed_exit_layers": limits.allowed_exit_layers,
+        "default_exit_layer": limits.default_exit_layer,
+        "default_draft_length": limits.default_draft_length,
+        "default_sampling": msgspec.to_builtins(ready.sampling),
+        "limits": {
+            "max_model_len": limits.max_model_len,
+            "max_draft_length": limits.max_draft_length,
+            "max_num_seqs": limits.max_num_seqs,
+            "max_queued_requests": settings.max_queued_requests,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_n": settings.max_n,
+            "max_prompts": settings.max_prompts,
+            "max_sequences_per_request": settings.max_sequences_per_request,
+            "max_stop_strings": settings.max_stop_strings,
+            "max_stop_string_chars": settings.max_stop_string_chars,
+        },
+        "kv_cache": {
+            "block_size": limits.block_size,
+            "num_blocks": limits.num_blocks,
+            "num_tokens": limits.block_size * limits.num_blocks,
+        },
+        "worker_pid": model.client.pid,
+    }
+
+
+@router.get("/health")
+@router.get("/health/ready")
+@router.get("/ping")
+@router.post("/ping")
+async def health(models: Models) -> JSONResponse:
+    """200 while any model is served, else 503; either way it says how each of them is."""
+    states = models.states.values()
+    if models.are_draining:
+        return _unready("draining", models)
+    if WorkerState.READY in states:
+        return JSONResponse({"status": "ready", "models": models.states})
+    loading = next((model.client for model in models if model.client.state is WorkerState.LOADING), None)
+    if loading is not None:
+        return _unready("loading", models, stage=loading.stage, fraction=loading.fraction)
+    return JSONResponse({"status": "dead", "models": models.states}, status_code=503)
+
+
+def _unready(status: str, models: ServedModels, **progress: str | float) -> JSONResponse:
+    answer = {"status": status, "models": models.states, **progress}
+    return JSONResponse(answer, status_code=503, headers={"Retry-After": "1"})
+
+
+@router.get("/health/live")
+async def live(models: Models) -> JSONResponse:
+    """200 while a restart would not help: loading counts as alive, dead workers only while others live."""
+    is_dead = set(models.states.values()) == {WorkerState.DEAD}
+    return JSONResponse({"status": "dead" if is_dead else "live"}, status_code=503 if is_dead else 200)
+
+
+@router.get("/version")
+async def show_version() -> dict[str, str]:
+    """The server's version."""
+    return {"version": _version()}
+
+
+def _version() -> str:
+    try:
+        return version("layerskip-server")
+    except PackageNotFoundError:
+        return "not installed"
