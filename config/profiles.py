@@ -13,11 +13,15 @@ from pydantic import BaseModel, Field
 
 
 class Profile(BaseModel, frozen=True, extra="forbid"):
-    """What is recommended for one checkpoint, and how that is known (`source`)."""
+    """What is recommended for one checkpoint, and how that is known (`source`).
+
+    `acceptance` is the share of first drafts that is kept at `exit_layer`; choosing begins with it.
+    """
 
     checkpoints: tuple[str, ...] = Field(min_length=1)
     exit_layer: int = Field(ge=1)
     draft_length: int = Field(ge=0)
+    acceptance: float = Field(default=0.7, ge=0, le=1)
     source: str = Field(min_length=1)
 
 

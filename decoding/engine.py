@@ -19,12 +19,14 @@ from decoding.attention import AttentionShape, GatherAttention
 from decoding.blocks import BlockPool
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
 from decoding.checkpoint import Checkpoint, open_checkpoint, sampling_defaults, text_assets
+from decoding.controller import DraftChooser
 from decoding.cycle import Cycle
 from decoding.exits import Speculation, resolve_speculation
 from decoding.kv_cache import KVCache
 from decoding.messages import CycleTimes, Decoded, Generate, Limits, Ready, StepReport
 from decoding.model import LlamaDecoder
 from decoding.scheduler import Scheduler, StepLimits
+from decoding.warm_up import Warmup
 from decoding.weights import Placement, Progress, load_weights, rotations
 
 
@@ -64,11 +66,15 @@ class Engine:
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, checkpoint.shape.stored_dtype, device)
         runtime, capacity = build_runtime(settings, checkpoint, device, dtype, progress)
-        scheduler = Scheduler(
-            BlockPool(num_blocks=capacity.num_blocks, block_size=capacity.block_size),
-            StepLimits(settings.max_num_seqs, settings.max_num_batched_tokens),
-            device=device,
-            clock=clock,
+
+        def scheduler(chooser: DraftChooser) -> Scheduler:
+            pool = BlockPool(num_blocks=capacity.num_blocks, block_size=capacity.block_size)
+            limits = StepLimits(settings.max_num_seqs, settings.max_num_batched_tokens)
+            return Scheduler(pool, limits, chooser, device=device, clock=clock)
+
+        progress("measuring steps", 0.0)
+        chooser = Warmup(settings, capacity, speculation, num_layers=checkpoint.shape.num_layers).chooser(
+            runtime.cycle, scheduler, clock=clock
         )
         ready = Ready(
             model=settings.model,
@@ -79,7 +85,7 @@ class Engine:
             text=text,
             sampling=sampling,
         )
-        return cls(ready, runtime, scheduler, clock=clock)
+        return cls(ready, runtime, scheduler(chooser), clock=clock)
 
     @property
     def has_work(self) -> bool:
@@ -206,6 +212,8 @@ def _limits(
         block_size=capacity.block_size,
         num_blocks=capacity.num_blocks,
         allowed_exit_layers=list(speculation.allowed_exit_layers),
+        first_exit_layer=speculation.first_exit_layer,
+        first_draft_length=speculation.first_draft_length,
         default_exit_layer=speculation.exit_layer,
         default_draft_length=speculation.draft_length,
         max_draft_length=settings.max_draft_length,

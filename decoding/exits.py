@@ -1,4 +1,4 @@
-"""Which exit layers a server allows and what requests that name none get.
+"""Which exit layers a server allows, what requests that name none get, and where choosing begins.
 
 Knows settings, profiles and the number of layers; knows no weights.
 """
@@ -18,14 +18,23 @@ _SHARE_OF_LAYERS: Final = 4
 _DRAFT_LENGTH: Final = 4
 """Without a profile: long enough to show acceptance, short enough not to hurt much where there is none."""
 
+_ACCEPTANCE: Final = 0.7
+"""Without a profile; the published checkpoints lie between 0.6 and 0.9."""
+
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """Allowed exit layers, sorted, and the defaults, which are allowed."""
+    """Allowed exit layers, sorted, and what requests that name none get: None where that is chosen step by step.
+
+    Choosing begins with the first exit layer and draft length, expecting that share of first drafts to be kept.
+    """
 
     allowed_exit_layers: tuple[int, ...]
-    exit_layer: int
-    draft_length: int
+    exit_layer: int | None
+    draft_length: int | None
+    first_exit_layer: int
+    first_draft_length: int
+    first_acceptance: float
 
 
 def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Speculation:
@@ -42,17 +51,22 @@ def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Specula
         raise SettingsError(
             f"allowed_exit_layers {strange}: this checkpoint's exit layers are 1 to {num_layers - 1}"
         )
-    wanted = settings.exit_layer
-    if wanted is None:
+    begin = settings.exit_layer
+    if begin is None:
         fallback = profile.exit_layer if profile else max(1, num_layers // _SHARE_OF_LAYERS)
-        wanted = min(allowed, key=lambda layer: abs(layer - fallback))
-    if wanted not in allowed:
-        raise SettingsError(f"exit_layer {wanted} is not among the allowed exit layers {list(allowed)}")
-    draft_length = settings.draft_length
-    if draft_length is None:
-        draft_length = min(profile.draft_length if profile else _DRAFT_LENGTH, settings.max_draft_length)
-    if draft_length > settings.max_draft_length:
+        begin = min(allowed, key=lambda layer: abs(layer - fallback))
+    if begin not in allowed:
+        raise SettingsError(f"exit_layer {begin} is not among the allowed exit layers {list(allowed)}")
+    if settings.draft_length is not None and settings.draft_length > settings.max_draft_length:
         raise SettingsError(
-            f"draft_length {draft_length} exceeds max_draft_length {settings.max_draft_length}"
+            f"draft_length {settings.draft_length} exceeds max_draft_length {settings.max_draft_length}"
         )
-    return Speculation(allowed_exit_layers=allowed, exit_layer=wanted, draft_length=draft_length)
+    known_length = profile.draft_length if profile else _DRAFT_LENGTH
+    return Speculation(
+        allowed_exit_layers=allowed,
+        exit_layer=settings.exit_layer,
+        draft_length=settings.draft_length,
+        first_exit_layer=begin,
+        first_draft_length=min(known_length, settings.max_draft_length),
+        first_acceptance=profile.acceptance if profile else _ACCEPTANCE,
+    )

@@ -72,7 +72,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     the prompt is computed and the sequence ends without a token.
 
     `logprobs` and `prompt_logprobs` ask for log-probabilities of new tokens and of the prompt's, each beside
-    those of this many most probable ones; None asks for none. `traces_drafts` asks for the ids of all drafts.
+    those of this many most probable ones; None asks for none. `exit_layer` and `draft_length` None leave the
+    choice to the worker, step by step. `traces_drafts` asks for the ids of all drafts.
     """
 
     sequence_id: int
@@ -81,8 +82,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     seed: int
     stop_token_ids: list[int]
-    exit_layer: int
-    draft_length: int
+    exit_layer: int | None = None
+    draft_length: int | None = None
     drafter: Drafter = Drafter.EARLY_EXIT
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -149,6 +150,7 @@ class Load(msgspec.Struct, frozen=True):
     num_preemptions_total: int = 0
     prefix_cache_queried_tokens_total: int = 0
     prefix_cache_hit_tokens_total: int = 0
+    is_drafting_worthwhile: bool = True
 
 
 class CycleTimes(msgspec.Struct, frozen=True):
@@ -179,7 +181,8 @@ class Limits(msgspec.Struct, frozen=True):
     """What the loaded checkpoint and the KV cache allow; requests are validated against it.
 
     `max_draft_length` bounds a request's `draft_length`; `allowed_exit_layers` is sorted and not empty;
-    `num_blocks * block_size` is the number of KV tokens.
+    `num_blocks * block_size` is the number of KV tokens. Requests that name no exit layer or draft length get the
+    default; where it is None the worker chooses, and begins with the first.
     """
 
     num_layers: int
@@ -189,8 +192,10 @@ class Limits(msgspec.Struct, frozen=True):
     block_size: int
     num_blocks: int
     allowed_exit_layers: list[int]
-    default_exit_layer: int
-    default_draft_length: int
+    first_exit_layer: int
+    first_draft_length: int
+    default_exit_layer: int | None
+    default_draft_length: int | None
     max_draft_length: int
 
 

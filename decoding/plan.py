@@ -7,7 +7,7 @@ Shapes: B rows, N tokens fed, W blocks of the longest row, K drafts, Q verified 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -99,3 +99,7 @@ class Result:
     reported: tuple[Reported | None, ...]
     draft_s: float
     verify_s: float
+
+    def of_one_token(self) -> Result:
+        """The same as if no draft had been kept."""
+        return replace(self, chosen=tuple(chosen[:1] for chosen in self.chosen))

@@ -19,10 +19,14 @@ from decoding.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A sequence's part of the next step: known tokens to feed, and drafts on top, looked up or to be made."""
+    """A sequence's part of the next step: known tokens to feed, and drafts on top, looked up or to be made.
+
+    `exit_layer` is where drafts that are made leave the stack.
+    """
 
     sequence: Sequence
     num_fed: int
+    exit_layer: int = 1
     draft_length: int = 0
     looked_up: tuple[int, ...] = ()
 
@@ -72,7 +76,7 @@ class Plans:
             num_looked_up_B=np.array([len(share.looked_up) for share in shares], dtype=np.int64),
             num_computed_B=np.array([s.num_computed for s in sequences], dtype=np.int64),
             draft_lengths_B=np.array([share.draft_length for share in shares], dtype=np.int64),
-            exit_layers_B=np.array([s.request.exit_layer for s in sequences], dtype=np.int64),
+            exit_layers_B=np.array([share.exit_layer for share in shares], dtype=np.int64),
             chooses_B=np.array(
                 [share.num_fed == s.num_pending for s, share in zip(sequences, shares, strict=True)]
             ),

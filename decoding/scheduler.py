@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from decoding.blocks import BlockPool, PrefixHit, num_publishable
+from decoding.controller import DraftChooser
 from decoding.lookup import NgramIndex
 from decoding.messages import Decoded, Drafter, FinishReason, Generate, Load
 from decoding.plan import Plan, Reported, Result
 from decoding.planning import Plans, Share
 from decoding.sequence import Sequence
+from decoding.speculation import Speculator
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,16 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: BlockPool, limits: StepLimits, *, device: torch.device, clock: Callable[[], float]
+        self,
+        pool: BlockPool,
+        limits: StepLimits,
+        chooser: DraftChooser,
+        *,
+        device: torch.device,
+        clock: Callable[[], float],
     ) -> None:
         self._pool = pool
+        self._speculator = Speculator(chooser, extend=self._extend)
         self._limits = limits
         self._plans = Plans(device)
         self._clock = clock
@@ -89,7 +98,7 @@ class Scheduler:
             assert share is not None
             shares.append(share)
             budget -= share.num_fed
-        shares = self._add_drafts(shares, budget)
+        shares = self._speculator.add_drafts(shares, budget)
         # Rows of like draft length and context side by side are drafted and attended together.
         shares.sort(key=lambda share: (-share.draft_length, len(share.sequence.token_ids)))
         self._planned = shares
@@ -98,6 +107,7 @@ class Scheduler:
     def commit(self, result: Result) -> list[Decoded]:
         """Apply the planned step's result; one event for each row that has chosen tokens."""
         events = []
+        self._speculator.learn(self._planned, result)
         for share, chosen, reported in zip(self._planned, result.chosen, result.reported, strict=True):
             if share.sequence.block_ids:
                 events += self._commit_row(share, chosen, reported or Reported())
@@ -114,6 +124,7 @@ class Scheduler:
             num_preemptions_total=self._num_preemptions,
             prefix_cache_queried_tokens_total=self._num_queried_tokens,
             prefix_cache_hit_tokens_total=self._num_hit_tokens,
+            is_drafting_worthwhile=self._speculator.pays,
         )
 
     def check_integrity(self) -> None:
@@ -148,24 +159,6 @@ class Scheduler:
                 return Share(sequence=sequence, num_fed=num_fed)
             self._preempt_youngest()
         return None
-
-    def _add_drafts(self, shares: list[Share], budget: int) -> list[Share]:
-        """Spend what budget and blocks are left on drafts, oldest rows first: nobody waits for drafts."""
-        drafting = []
-        for share in shares:
-            wanted = min(share.sequence.request.draft_length, share.sequence.num_remaining - 1, budget)
-            can_draft = share.sequence.num_pending == 1 and wanted > 0
-            drafting.append(self._with_drafts(share, wanted) if can_draft else share)
-            budget -= drafting[-1].num_drafts
-        return drafting
-
-    def _with_drafts(self, share: Share, wanted: int) -> Share:
-        """The share with up to `wanted` drafts of the kind its request asks for, as far as blocks allow."""
-        sequence, drafter = share.sequence, share.sequence.request.drafter
-        looked_up = sequence.ngrams.propose(sequence.token_ids, wanted) if sequence.ngrams else ()
-        exits_early = not looked_up and drafter in (Drafter.EARLY_EXIT, Drafter.HYBRID)
-        drafting = replace(share, looked_up=looked_up, draft_length=wanted if exits_early else 0)
-        return drafting if self._extend(sequence, 1 + drafting.num_drafts) else share
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
         """Allocate what `num_tokens` more computed positions need, or nothing and False."""
@@ -243,7 +236,7 @@ class Scheduler:
             token_ids=emitted,
             drafted=share.num_drafts,
             kept=min(len(chosen) - 1, len(emitted)),
-            exit_layer=request.exit_layer,
+            exit_layer=share.exit_layer,
             drafter=share.drafter,
             finish_reason=reason,
             queued_s=None if is_later else sequence.queued_s,

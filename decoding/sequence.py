@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from decoding.acceptance_record import RowRecord
 from decoding.blocks import ROOT
 from decoding.edits import Editor
 from decoding.lookup import NgramIndex
@@ -20,7 +21,7 @@ class Sequence:
     Between steps a sequence that has started decoding has exactly one token pending: the last committed.
     `chain` and `num_published` say how far its blocks are in the prefix cache. `prompt_logprobs` gathers, chunk by
     chunk, what the request asked for; the first event takes them along. `ngrams` is there where drafts are
-    looked up.
+    looked up. `drafts` says how they have fared.
     """
 
     request: Generate
@@ -36,6 +37,7 @@ class Sequence:
     editor: Editor | None = None
     ngrams: NgramIndex | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    drafts: RowRecord = field(default_factory=RowRecord)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TextIO
 
-from decoding.messages import Ready
+from decoding.messages import Limits, Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +56,27 @@ def banner(ready: Ready, site: Site, *, model_name: str) -> str:
     layers = ", ".join(map(str, limits.allowed_exit_layers))
     asked = model_name if site.has_several_models else None
     key = '-H "Authorization: Bearer $LAYERSKIP_API_KEY" ' if site.needs_key else ""
+    drafts = _drafts(limits)
     concurrency = min(limits.max_num_seqs, kv_tokens / limits.max_model_len)
     return f"""
 layerskip serves {model_name} at {site.url}
   weights      {ready.dtype} on {ready.device}, {limits.num_layers} layers
-  exit layers  {layers} (default {limits.default_exit_layer}, drafting {limits.default_draft_length} tokens)
+  exit layers  {layers}; {drafts}
   KV cache     {kv_tokens:,} tokens: {concurrency:.1f} sequences of {limits.max_model_len:,} tokens at once
   metrics      {site.url}/metrics
 
 {curl(site.url, model=asked, flags=key)}
 {curl(site.url, model=asked, extra=', "stream": true', flags=f"-N {key}")}
 """
+
+
+def _drafts(limits: Limits) -> str:
+    """What a request gets that asks for nothing."""
+    layer, length = limits.default_exit_layer, limits.default_draft_length
+    if layer is None and length is None:
+        return f"chosen step by step, from {limits.first_exit_layer} on"
+    exits = "an exit layer chosen step by step" if layer is None else f"exit layer {layer}"
+    return f"{exits}, drafting {'as many tokens as pay' if length is None else f'{length} tokens'}"
 
 
 def curl(url: str, *, model: str | None = None, extra: str = "", flags: str = "") -> str:

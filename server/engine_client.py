@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from server.supervisor import WorkerCallbacks, WorkerProcess
 # For each sequence. One that is read needs far less; what is behind more is a client that stopped reading.
 _MAX_PENDING_EVENTS: Final = 4096
 _NO_DEADLINES: Final = Deadlines()
+
+_log = logging.getLogger("layerskip.worker")
 
 
 class WorkerState(StrEnum):
@@ -259,6 +262,8 @@ class EngineClient:
             self._on_failed(event)
 
     def _on_step(self, report: StepReport) -> None:
+        if self.load.is_drafting_worthwhile and not report.load.is_drafting_worthwhile:
+            _log.warning("no draft of this checkpoint pays: requests that leave it open are decoded plainly")
         self.load = report.load
         self._observer.step(report)
         for decoded in report.decoded:

@@ -23,6 +23,7 @@ from server.errors import ApiError
 from server.limits import (
     Speculation,
     TokenBudget,
+    or_auto,
     resolve_max_tokens,
     resolve_sampling,
 )
@@ -186,9 +187,9 @@ class Generation:
                 "num_accepted_draft_tokens": num_kept,
                 "num_draft_tokens": num_drafted,
                 "num_spec_tokens": self._max_draft_length,
-                "exit_layer": self.plan.speculation.exit_layer,
+                "exit_layer": or_auto(self.plan.speculation.exit_layer),
                 "exit_layer_used": self._drafts.main_exit_layer,
-                "draft_length": self.plan.speculation.draft_length,
+                "draft_length": or_auto(self.plan.speculation.draft_length),
                 "drafts_by_drafter": self._drafts.by_drafter,
             }
         }
@@ -203,8 +204,8 @@ class Generation:
             model=self._model.name,
             prompt_tokens=self.usage["prompt_tokens"],
             completion_tokens=self.usage["completion_tokens"],
-            exit_layer=self.plan.speculation.exit_layer,
-            draft_length=self.plan.speculation.draft_length,
+            exit_layer=or_auto(self.plan.speculation.exit_layer),
+            draft_length=or_auto(self.plan.speculation.draft_length),
             acceptance=self._drafts.num_kept_tokens / num_drafted if num_drafted else None,
             ttft_ms=1000 * min(ttfts_s) if ttfts_s else None,
             finish_reason=",".join(dict.fromkeys(map(str, reasons))),

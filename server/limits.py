@@ -18,10 +18,10 @@ _MAX_STOP_TOKENS: Final = 1024
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """How a request's drafts are made."""
+    """How a request's drafts are made; None leaves it to the worker."""
 
-    exit_layer: int
-    draft_length: int
+    exit_layer: int | None
+    draft_length: int | None
     drafter: Drafter = Drafter.EARLY_EXIT
 
 
@@ -58,6 +58,11 @@ def check_counts(request: GenerationParams, settings: ServerSettings) -> None:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("`prompt_logprobs` is not available in a stream", param="prompt_logprobs")
+
+
+def or_auto(chosen: int | None) -> int | str:
+    """How an answer calls what a request asked for."""
+    return "auto" if chosen is None else chosen
 
 
 def resolve_speculation(request: GenerationParams, limits: Limits) -> Speculation:

@@ -109,6 +109,11 @@ class Families:
         yield self.counter(
             "vllm:prefix_cache_hits", "Prompt tokens found.", load.prefix_cache_hit_tokens_total
         )
+        yield self.gauge(
+            "layerskip_drafting_worthwhile",
+            "0 once no draft of this checkpoint was found to pay.",
+            load.is_drafting_worthwhile,
+        )
         yield self.gauge("layerskip_worker_up", "1 while the worker serves.", worker.is_up)
         yield self.gauge(
             "layerskip_heartbeat_age_seconds", "Time since the worker was last heard.", worker.heartbeat_age_s

@@ -135,9 +135,9 @@ class Metrics:
         self._worker = worker
 
     def worker_ready(self, ready: Ready) -> None:
-        """Show the cache's size, and the default exit layer's series at 0."""
+        """Show the cache's size, and the first exit layer's series at 0."""
         self._ready = ready
-        self._windows.setdefault(ready.limits.default_exit_layer, AcceptanceWindow())
+        self._windows.setdefault(ready.limits.first_exit_layer, AcceptanceWindow())
 
     def step(self, report: StepReport) -> None:
         """Count a step of the worker."""

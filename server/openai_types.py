@@ -89,9 +89,9 @@ class SpeculativeDecoding(TypedDict):
     num_accepted_draft_tokens: int
     num_draft_tokens: int
     num_spec_tokens: int
-    exit_layer: int
+    exit_layer: int | str
     exit_layer_used: int | None
-    draft_length: int
+    draft_length: int | str
     drafts_by_drafter: Mapping[str, int]
 
 

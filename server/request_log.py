@@ -33,8 +33,8 @@ class AnswerSummary:
     model: str
     prompt_tokens: int
     completion_tokens: int
-    exit_layer: int
-    draft_length: int
+    exit_layer: int | str
+    draft_length: int | str
     acceptance: float | None
     ttft_ms: float | None
     finish_reason: str

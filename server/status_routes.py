@@ -13,6 +13,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 
 from server.engine_client import WorkerState
+from server.limits import or_auto
 from server.request_scope import Choose, Models
 from server.served_model import ServedModel
 from server.served_models import ServedModels
@@ -42,8 +43,11 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         "num_layers": limits.num_layers,
         "vocab_size": limits.vocab_size,
         "allowed_exit_layers": limits.allowed_exit_layers,
-        "default_exit_layer": limits.default_exit_layer,
-        "default_draft_length": limits.default_draft_length,
+        "default_exit_layer": or_auto(limits.default_exit_layer),
+        "default_draft_length": or_auto(limits.default_draft_length),
+        "first_exit_layer": limits.first_exit_layer,
+        "first_draft_length": limits.first_draft_length,
+        "is_drafting_worthwhile": model.client.load.is_drafting_worthwhile,
         "default_sampling": msgspec.to_builtins(ready.sampling),
         "limits": {
             "max_model_len": limits.max_model_len,

@@ -5,6 +5,7 @@ Knows how to run and compare; the promises are in the tests that use it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from msgspec.structs import replace as replace_fields
 
 from config.settings import EngineSettings
 from decoding.blocks import BlockPool
+from decoding.controller import Choice, DraftChooser, DraftingRow, FixedChoice, StepOutcome
 from decoding.engine import Engine
 from decoding.messages import (
     Decoded,
@@ -39,16 +41,47 @@ class Lab:
     engines: dict[int, Engine]
     oracle: NaiveDecoder
 
-    def fresh_engine(self, *, block_size: int, num_blocks: int, max_num_seqs: int, budget: int) -> Engine:
+    def fresh_engine(
+        self,
+        *,
+        block_size: int,
+        num_blocks: int,
+        max_num_seqs: int,
+        budget: int,
+        chooser: DraftChooser | None = None,
+    ) -> Engine:
         """A new scheduler over an old cache: whatever earlier runs left in it must not matter."""
         loaded = self.engines[block_size]
         scheduler = Scheduler(
             BlockPool(num_blocks=num_blocks, block_size=block_size),
             StepLimits(max_num_seqs, budget),
+            chooser or RandomChooser(0),
             device=torch.device("cpu"),
             clock=lambda: 0.0,
         )
         return Engine(loaded.ready, loaded.runtime, scheduler, clock=lambda: 0.0)
+
+
+class RandomChooser(FixedChoice):
+    """Chooses anything that is allowed: no output may depend on it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(exit_layer=1, draft_length=0)
+        self._rng = np.random.default_rng(seed)
+        self.num_steps_learned = 0
+
+    def choose(self, rows: Sequence[DraftingRow], *, exit_layer: int | None = None) -> Choice:
+        self.exit_layer = exit_layer or int(self._rng.integers(1, NUM_LAYERS))
+        return Choice(
+            self.exit_layer, tuple(int(self._rng.integers(0, min(row.limit, 8) + 1)) for row in rows)
+        )
+
+    def lookup_length(self, num_rows: int, limit: int) -> int:
+        return int(self._rng.integers(0, min(limit, 8) + 1))
+
+    def took(self, outcome: StepOutcome) -> None:
+        self.num_steps_learned += 1
+        assert len(outcome.draft_lengths) > 0
 
 
 def make_lab(folder: Path) -> Lab:
@@ -109,8 +142,8 @@ def random_request(rng: np.random.Generator, sequence_id: int, block_size: int) 
         sampling=sampling,
         seed=int(rng.integers(0, 2**63 - 1)),
         stop_token_ids=stops,
-        exit_layer=int(rng.integers(1, NUM_LAYERS)),
-        draft_length=int(rng.integers(0, 9)),
+        exit_layer=int(rng.integers(1, NUM_LAYERS)) if rng.random() < 0.7 else None,
+        draft_length=int(rng.integers(0, 9)) if rng.random() < 0.7 else None,
     )
     return with_extras(request, np.random.default_rng(request.seed))
 
@@ -180,6 +213,7 @@ def check_mix(lab: Lab, seed: int) -> tuple[int, int, int]:
         num_blocks=smallest if is_crowded or rng.random() < 0.5 else 2048 // block_size,
         max_num_seqs=8 if is_crowded else int(rng.integers(1, 9)),
         budget=int(rng.choice([9, 32, 512])),
+        chooser=RandomChooser(seed),
     )
     num_rows = 8 if is_crowded else int(rng.integers(2, 9))
     requests = [random_request(rng, i, block_size) for i in range(num_rows)]

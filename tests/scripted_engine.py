@@ -202,6 +202,8 @@ def scripted_limits(settings: EngineSettings) -> Limits:
         block_size=16,
         num_blocks=NUM_BLOCKS,
         allowed_exit_layers=[2, 4, 8],
+        first_exit_layer=4,
+        first_draft_length=3,
         default_exit_layer=4,
         default_draft_length=3,
         max_draft_length=settings.max_draft_length,

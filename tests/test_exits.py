@@ -28,17 +28,24 @@ def test_without_a_choice_every_early_layer_is_allowed(num_layers: int) -> None:
     """Layer 0 is no exit and the last layer saves nothing."""
     speculation = resolve(num_layers)
     assert speculation.allowed_exit_layers == tuple(range(1, num_layers))
-    assert speculation.exit_layer in speculation.allowed_exit_layers
+    assert speculation.first_exit_layer in speculation.allowed_exit_layers
+    assert (speculation.exit_layer, speculation.draft_length) == (None, None)
 
 
 @pytest.mark.parametrize("profile", known_profiles(), ids=lambda profile: profile.checkpoints[0])
 def test_a_known_checkpoint_gets_its_profile(profile) -> None:
     for model in (f"owner/{profile.checkpoints[0]}", f"/somewhere/{profile.checkpoints[0].upper()}"):
         speculation = resolve(model=model, num_layers=profile.exit_layer + 1)
-        assert (speculation.exit_layer, speculation.draft_length) == (
+        assert (
+            speculation.first_exit_layer,
+            speculation.first_draft_length,
+            speculation.first_acceptance,
+        ) == (
             profile.exit_layer,
             profile.draft_length,
+            profile.acceptance,
         )
+        assert (speculation.exit_layer, speculation.draft_length) == (None, None)
 
 
 def test_settings_win_over_a_profile() -> None:
@@ -47,13 +54,14 @@ def test_settings_win_over_a_profile() -> None:
         num_layers=99, model=f"owner/{profile.checkpoints[0]}", exit_layer=90, draft_length=0
     )
     assert (speculation.exit_layer, speculation.draft_length) == (90, 0)
+    assert speculation.first_exit_layer == 90
 
 
 def test_a_default_is_drawn_to_the_nearest_layer_that_is_allowed() -> None:
     """An operator who allows only some layers need not name a default as well."""
-    assert resolve(allowed_exit_layers=(12, 9, 9)).exit_layer == 9
+    assert resolve(allowed_exit_layers=(12, 9, 9)).first_exit_layer == 9
     assert resolve(allowed_exit_layers=(12, 9, 9)).allowed_exit_layers == (9, 12)
-    assert resolve(allowed_exit_layers=(1,)).exit_layer == 1
+    assert resolve(allowed_exit_layers=(1,)).first_exit_layer == 1
 
 
 @pytest.mark.parametrize("strange", [16, 17, 1000])
@@ -72,9 +80,9 @@ def test_a_default_outside_the_allowed_layers_is_refused() -> None:
 
 def test_a_default_draft_length_stays_within_the_longest_allowed() -> None:
     """A profile's or the fallback's is lowered; one that the operator named is refused."""
-    assert resolve(max_draft_length=2).draft_length == 2
-    assert resolve(max_draft_length=0).draft_length == 0
-    assert resolve(max_draft_length=64).draft_length > 0
+    assert resolve(max_draft_length=2).first_draft_length == 2
+    assert resolve(max_draft_length=0).first_draft_length == 0
+    assert resolve(max_draft_length=64).first_draft_length > 0
     assert "max_draft_length 2" in refusal(draft_length=3, max_draft_length=2)
     assert resolve(draft_length=3, max_draft_length=3).draft_length == 3
 

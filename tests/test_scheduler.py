@@ -6,6 +6,7 @@ import torch
 from msgspec.structs import replace
 
 from decoding.blocks import BlockPool
+from decoding.controller import FixedChoice
 from decoding.messages import FinishReason, Generate, SamplingParams
 from decoding.plan import Plan, Result
 from decoding.scheduler import Scheduler, StepLimits
@@ -13,7 +14,8 @@ from decoding.scheduler import Scheduler, StepLimits
 
 def scheduler(*, max_num_seqs: int = 64, budget: int = 512, num_blocks: int = 4096) -> Scheduler:
     pool = BlockPool(num_blocks=num_blocks, block_size=16)
-    return Scheduler(pool, StepLimits(max_num_seqs, budget), device=torch.device("cpu"), clock=lambda: 0.0)
+    limits, chooser = StepLimits(max_num_seqs, budget), FixedChoice(exit_layer=1, draft_length=0)
+    return Scheduler(pool, limits, chooser, device=torch.device("cpu"), clock=lambda: 0.0)
 
 
 def request(sequence_id: int, *, prompt: int = 4, new: int = 1000, draft_length: int = 0) -> Generate:

@@ -62,8 +62,8 @@ function setRanges(isFirst) {
   byId("draft-length").min = Math.min(1, longest);
   byId("max-tokens").max = info.limits.max_model_len - 1;
   if (isFirst) {
-    byId("exit-layer").value = layers.indexOf(info.default_exit_layer);
-    byId("draft-length").value = info.default_draft_length || DRAFTS_IF_SERVER_MAKES_NONE;
+    byId("exit-layer").value = layers.indexOf(info.first_exit_layer);
+    byId("draft-length").value = info.first_draft_length || DRAFTS_IF_SERVER_MAKES_NONE;
     byId("max-tokens").value = Math.min(numberIn("max-tokens"), Math.ceil(info.limits.max_model_len / 2));
   }
   byId("choices").disabled = false;

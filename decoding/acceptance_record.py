@@ -1,0 +1,115 @@
+"""How drafts have fared lately: by exit layer and position over all rows, and row by row.
+
+Knows counts that fade; knows no costs.
+
+Shapes: K draft positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from decoding.step_costs import Floats
+
+_FADING: Final = 0.998
+"""What a count is worth after one more cycle of its kind: some five hundred cycles are remembered."""
+
+_LONG_AGO: Final = 0.7
+
+_ROW_FADING: Final = 0.95
+_ROW_PRIOR: Final = 8.0
+"""A row's own drafts count fully once there are well more than these."""
+
+_PRIOR: Final = 4.0
+_FIRST_PRIOR: Final = 16.0
+"""What a guess counts against drafts that were seen; the first position should not be swayed by a few."""
+
+_MOST: Final = 0.98
+
+
+@dataclass(slots=True)
+class RowRecord:
+    """How one row's drafts fared, against what all rows' records had expected of them."""
+
+    reached: float = 0.0
+    kept: float = 0.0
+    expected: float = 0.0
+
+    def record(self, curve_K: Floats, *, drafted: int, kept: int) -> None:
+        """Count a cycle whose drafts were expected to be kept as `curve_K` says."""
+        reached = min(kept + 1, drafted)
+        self.reached = _ROW_FADING * self.reached + reached
+        self.kept = _ROW_FADING * self.kept + kept
+        self.expected = _ROW_FADING * self.expected + float(curve_K[:reached].sum())
+
+    @property
+    def advantage(self) -> float:
+        """How much likelier than others' this row's drafts are kept, 1 if nothing is known."""
+        usual = self.expected / self.reached if self.reached else 1.0
+        return (self.kept + _ROW_PRIOR * usual) / (self.expected + _ROW_PRIOR * usual)
+
+
+class AcceptanceRecord:
+    """Per-position acceptance by exit layer.
+
+    What was never tried is guessed from the nearest layer that was, at the beginning from `first_acceptance` at
+    `first_exit_layer`.
+    """
+
+    def __init__(
+        self, *, num_layers: int, max_draft_length: int, first_exit_layer: int, first_acceptance: float
+    ) -> None:
+        self._num_layers = num_layers
+        self._first = first_exit_layer, first_acceptance
+        self._reached_LK = np.zeros((num_layers, max(1, max_draft_length)))
+        self._kept_LK = np.zeros_like(self._reached_LK)
+        self._curves: dict[int, Floats] = {}
+
+    def record(self, exit_layer: int, *, drafted: int, kept: int) -> None:
+        """Count a row's cycle."""
+        self._reached_LK[exit_layer] *= _FADING
+        self._kept_LK[exit_layer] *= _FADING
+        self._reached_LK[exit_layer, : min(kept + 1, drafted)] += 1
+        self._kept_LK[exit_layer, :kept] += 1
+        self._curves.clear()
+
+    def fade(self) -> None:
+        """Believe what was counted less: it was long ago."""
+        self._reached_LK *= _LONG_AGO
+        self._kept_LK *= _LONG_AGO
+        self._curves.clear()
+
+    def weight(self, exit_layer: int) -> float:
+        """How many first drafts of this exit layer are remembered."""
+        return float(self._reached_LK[exit_layer, 0])
+
+    def curve(self, exit_layer: int) -> Floats:
+        """Probability that the draft at each position is kept if all before it were, [K]."""
+        if exit_layer not in self._curves:
+            self._curves[exit_layer] = self._estimate(exit_layer)
+        return self._curves[exit_layer]
+
+    def _estimate(self, exit_layer: int) -> Floats:
+        reached_K, kept_K = self._reached_LK[exit_layer], self._kept_LK[exit_layer]
+        curve_K: Floats = np.empty_like(reached_K)
+        # A position that few drafts reached is taken to be like the one before it.
+        guess = self._guess(exit_layer)
+        for position, (reached, kept) in enumerate(zip(reached_K, kept_K, strict=True)):
+            prior = _PRIOR if position else _FIRST_PRIOR
+            guess = min((kept + prior * guess) / (reached + prior), _MOST)
+            curve_K[position] = guess
+        return curve_K
+
+    def _guess(self, exit_layer: int) -> float:
+        """First-draft acceptance, from the nearest exit layer tried: refusals fade towards the last layer."""
+        tried = np.flatnonzero(self._reached_LK[:, 0] > 1)
+        if len(tried):
+            nearest = int(tried[np.abs(tried - exit_layer).argmin()])
+            rate = float(self._kept_LK[nearest, 0] / self._reached_LK[nearest, 0])
+        else:
+            nearest, rate = self._first
+        refused = (1 - rate) * (self._num_layers - exit_layer) / (self._num_layers - nearest)
+        return min(max(1 - refused, 0.0), _MOST)

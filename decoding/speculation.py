@@ -1,0 +1,122 @@
+"""Adds drafts to the shares of a step, as requests ask or as the chooser finds best, and tells it how they fared.
+
+Knows who drafts how much; knows nothing of how drafts are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from decoding.controller import Choice, DraftChooser, DraftingRow, StepOutcome
+from decoding.messages import Drafter
+from decoding.plan import Result
+from decoding.planning import Share
+from decoding.sequence import Sequence as Stream
+
+Extend = Callable[[Stream, int], bool]
+"""Gives a sequence blocks for so many more tokens, or none and False."""
+
+
+class Speculator:
+    """Spends what a step has left on drafts. Changes no sequence but for its blocks, by way of `extend`."""
+
+    def __init__(self, chooser: DraftChooser, *, extend: Extend) -> None:
+        self._chooser = chooser
+        self._extend = extend
+
+    @property
+    def pays(self) -> bool:
+        """Whether any drafting is worth its cost here, as far as is known."""
+        return self._chooser.pays
+
+    def add_drafts(self, shares: Sequence[Share], budget: int) -> list[Share]:
+        """The shares with drafts of up to `budget` tokens in all, oldest rows first: nobody waits for drafts."""
+        drafting = [
+            share for share in shares if share.sequence.num_pending == 1 and share.sequence.num_remaining > 1
+        ]
+        wishes = {share.sequence.request.sequence_id: share for share in self._wishes(drafting)}
+        added = []
+        for share in shares:
+            request = share.sequence.request
+            plain = replace(share, exit_layer=request.exit_layer or self._chooser.exit_layer)
+            wish = wishes.get(request.sequence_id)
+            added.append(plain if wish is None else self._fulfil(plain, wish, budget, num_rows=len(drafting)))
+            budget -= added[-1].num_drafts
+        return added
+
+    def learn(self, shares: Sequence[Share], result: Result) -> None:
+        """Tell the chooser how the drafts of a step fared and what the step took."""
+        for share, chosen in zip(shares, result.chosen, strict=True):
+            if share.num_drafts and chosen:
+                self._chooser.drafted(
+                    share.sequence.drafts,
+                    share.exit_layer,
+                    share.drafter,
+                    drafted=share.num_drafts,
+                    kept=len(chosen) - 1,
+                )
+        exit_layers = {share.exit_layer for share in shares if share.draft_length}
+        if len(exit_layers) <= 1 and all(map(_is_typical, shares)):
+            self._chooser.took(
+                StepOutcome(
+                    exit_layer=max(exit_layers, default=1),
+                    draft_lengths=tuple(share.draft_length for share in shares),
+                    draft_s=result.draft_s,
+                    verify_s=result.verify_s,
+                )
+            )
+
+    def _wishes(self, drafting: Sequence[Share]) -> Iterator[Share]:
+        """What each row would draft by early exit if there were no end of budget and blocks."""
+        for asked in dict.fromkeys(share.sequence.request.exit_layer for share in drafting):
+            together = [share for share in drafting if share.sequence.request.exit_layer == asked]
+            choice = self._choose(asked, together)
+            for share, length in zip(together, choice.draft_lengths, strict=True):
+                yield replace(share, exit_layer=choice.exit_layer, draft_length=length)
+
+    def _choose(self, asked: int | None, together: Sequence[Share]) -> Choice:
+        """Draft lengths that requests give stand; the others are chosen together."""
+        fixed = [share.sequence.request.draft_length for share in together]
+        limits = [share.sequence.num_remaining - 1 for share in together]
+        is_open = [length is None for length in fixed]
+        chosen: Choice | None = None
+        if asked is None or any(is_open):
+            rows = [
+                DraftingRow(limit, share.sequence.drafts)
+                for limit, share in zip(limits, together, strict=True)
+            ]
+            candidates = [row for row, left_open in zip(rows, is_open, strict=True) if left_open]
+            chosen = self._chooser.choose(candidates or rows, exit_layer=asked)
+        lengths = iter(chosen.draft_lengths if chosen else ())
+        return Choice(
+            exit_layer=chosen.exit_layer if chosen else asked or 1,
+            draft_lengths=tuple(
+                next(lengths) if length is None else min(length, limit)
+                for length, limit in zip(fixed, limits, strict=True)
+            ),
+        )
+
+    def _fulfil(self, share: Share, wish: Share, budget: int, *, num_rows: int) -> Share:
+        """The share with drafts of the kind its request asks for, as far as budget and blocks allow."""
+        sequence, drafter = share.sequence, share.sequence.request.drafter
+        looked_up: tuple[int, ...] = ()
+        if sequence.ngrams:
+            looked_up = sequence.ngrams.propose(
+                sequence.token_ids, min(self._lookup_length(wish, num_rows), budget)
+            )
+        exits_early = not looked_up and drafter in (Drafter.EARLY_EXIT, Drafter.HYBRID)
+        drafting = replace(
+            wish, looked_up=looked_up, draft_length=min(wish.draft_length, budget) if exits_early else 0
+        )
+        return drafting if self._extend(sequence, 1 + drafting.num_drafts) else share
+
+    def _lookup_length(self, wish: Share, num_rows: int) -> int:
+        fixed, limit = wish.sequence.request.draft_length, wish.sequence.num_remaining - 1
+        return self._chooser.lookup_length(num_rows, limit) if fixed is None else min(fixed, limit)
+
+
+def _is_typical(share: Share) -> bool:
+    """Whether a row took the time of a row that only decodes, with drafts by early exit or none."""
+    asks_for_more = share.sequence.editor is not None or share.sequence.request.logprobs is not None
+    return share.num_fed == 1 and not share.looked_up and not asks_for_more

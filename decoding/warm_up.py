@@ -1,0 +1,151 @@
+"""Measures what steps cost before the first request comes, on the cache that requests will use.
+
+Knows schedulers and clocks; what it measures is of no sequence that anyone waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from config.settings import EngineSettings
+from decoding.acceptance_record import AcceptanceRecord
+from decoding.capacity import Capacity
+from decoding.controller import Controller, DraftChooser, FixedChoice
+from decoding.cycle import Cycle
+from decoding.exits import Speculation
+from decoding.messages import Generate, SamplingParams
+from decoding.scheduler import Scheduler
+from decoding.step_costs import ROWS, WIDTHS, StepCosts, StepTime
+
+_REPEATS: Final = 3
+_PROMPT_TOKENS: Final = 16
+"""Enough that attention has something to attend to."""
+
+_MOST_STEPS: Final = 16
+_BUDGET_S: Final = 1.0
+"""What is not measured by then is guessed from what is, and learned from the first requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Steps of so many rows that draft alike."""
+
+    num_rows: int
+    exit_layer: int
+    draft_length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a row may come to."""
+        return _PROMPT_TOKENS + self.num_new
+
+    @property
+    def num_new(self) -> int:
+        """New tokens that a row asks for: more than its steps commit, so that it may draft in each."""
+        return _MOST_STEPS + self.draft_length + 1
+
+    def num_blocks(self, block_size: int) -> int:
+        """Blocks that a row takes at most."""
+        return -(-self.num_tokens // block_size)
+
+
+MakeScheduler = Callable[[DraftChooser], Scheduler]
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """What the engine may hold and draft, and with that who chooses its drafts."""
+
+    settings: EngineSettings
+    capacity: Capacity
+    speculation: Speculation
+    num_layers: int
+
+    def chooser(
+        self, cycle: Cycle, make_scheduler: MakeScheduler, *, clock: Callable[[], float]
+    ) -> DraftChooser:
+        """A controller that knows what steps cost here, or no controller where there is nothing to choose."""
+        chosen = self.speculation
+        is_fixed = None not in (chosen.exit_layer, chosen.draft_length)
+        measured = [] if is_fixed else list(self._measured(cycle, make_scheduler, clock))
+        if not any(step.draft_length for step in measured):
+            return FixedChoice(exit_layer=chosen.first_exit_layer, draft_length=chosen.first_draft_length)
+        longest = min(self.settings.max_draft_length, WIDTHS[-1] - 1)
+        return Controller(
+            StepCosts.fit(measured, num_layers=self.num_layers),
+            AcceptanceRecord(
+                num_layers=self.num_layers,
+                max_draft_length=longest,
+                first_exit_layer=chosen.first_exit_layer,
+                first_acceptance=chosen.first_acceptance,
+            ),
+            exit_layers=chosen.allowed_exit_layers if chosen.exit_layer is None else (chosen.exit_layer,),
+            first_exit_layer=chosen.first_exit_layer,
+            max_draft_length=longest,
+        )
+
+    def _measured(
+        self, cycle: Cycle, make_scheduler: MakeScheduler, clock: Callable[[], float]
+    ) -> Iterator[StepTime]:
+        """Times of growing shapes until the budget is spent, but not before one row has drafted."""
+        started = clock()
+        has_drafted = False
+        for shape in self._shapes():
+            if has_drafted and clock() - started > _BUDGET_S:
+                return
+            yield _measure(cycle, make_scheduler, shape)
+            has_drafted |= shape.draft_length > 0
+
+    def _shapes(self) -> Iterator[Shape]:
+        """Shapes that fit, those that tell most first."""
+        near = self.speculation.first_exit_layer
+        far = min(self.speculation.allowed_exit_layers, key=lambda layer: abs(layer - 2 * near))
+        for num_rows in ROWS:
+            widths = [width for width in WIDTHS if width - 1 <= self.settings.max_draft_length]
+            shapes = [Shape(num_rows, near, width - 1) for width in widths]
+            if far > near and len(widths) > 1:
+                shapes.append(Shape(num_rows, far, 1))
+            yield from filter(self._fits, shapes)
+
+    def _fits(self, shape: Shape) -> bool:
+        limits = self.settings
+        return (
+            shape.num_rows <= limits.max_num_seqs
+            and shape.num_rows * (1 + shape.draft_length) <= limits.max_num_batched_tokens
+            and shape.num_rows * shape.num_blocks(self.capacity.block_size) <= self.capacity.num_blocks
+            and shape.num_tokens <= self.capacity.max_model_len
+        )
+
+
+def _measure(cycle: Cycle, make_scheduler: MakeScheduler, shape: Shape) -> StepTime:
+    """The fastest of some steps: others were held up by something else."""
+    scheduler = make_scheduler(FixedChoice(exit_layer=shape.exit_layer, draft_length=shape.draft_length))
+    for row in range(shape.num_rows):
+        scheduler.submit(_dummy(row, shape))
+    draft_s: list[float] = []
+    verify_s: list[float] = []
+    while len(verify_s) <= _REPEATS:
+        plan = scheduler.plan()
+        assert plan is not None
+        result = cycle.run(plan)
+        if plan.num_tokens == shape.num_rows * (1 + shape.draft_length):
+            draft_s.append(result.draft_s)
+            verify_s.append(result.verify_s)
+        # Whatever was kept, each row goes on by one token, so that every step has the same shape.
+        scheduler.commit(result.of_one_token())
+    scheduler.abort(range(shape.num_rows))
+    return StepTime(shape.num_rows, shape.exit_layer, shape.draft_length, min(draft_s[1:]), min(verify_s[1:]))
+
+
+def _dummy(row: int, shape: Shape) -> Generate:
+    """A sequence that shares no beginning with another."""
+    return Generate(
+        sequence_id=row,
+        prompt_ids=[row % 50, row // 50] + [0] * (_PROMPT_TOKENS - 2),
+        max_new_tokens=shape.num_new,
+        sampling=SamplingParams(temperature=0.0),
+        seed=row,
+        stop_token_ids=[],
+    )

@@ -1,0 +1,270 @@
+"""The controller's choices are the best that its numbers allow, follow what it sees, and never show in a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from config.settings import EngineSettings
+from decoding.acceptance_record import AcceptanceRecord, RowRecord
+from decoding.controller import Choice, Controller, DraftingRow, StepOutcome
+from decoding.engine import Engine
+from decoding.messages import Drafter
+from decoding.step_costs import ROWS, WIDTHS, StepCosts, StepTime
+from tests.mixes import Lab, one_request
+from tests.tiny import make_checkpoint
+
+NUM_LAYERS, LONGEST = 16, 8
+LAYERS = range(1, NUM_LAYERS)
+Seconds = Callable[[int, int, int], float]
+
+
+def flat(layers: int, rows: int, tokens: int) -> float:
+    """A device bound by memory: tokens are free up to many."""
+    return layers * (1.0 + 0.002 * tokens)
+
+
+def linear(layers: int, rows: int, tokens: int) -> float:
+    """A core bound by arithmetic: every token costs."""
+    return layers * (0.2 + tokens)
+
+
+def dear_steps(layers: int, rows: int, tokens: int) -> float:
+    """Every call costs much before its first layer."""
+    return 6.0 + layers * (1.0 + 0.05 * tokens)
+
+
+def not_monotone(layers: int, rows: int, tokens: int) -> float:
+    """Multiples of four tokens fit the kernel better than three or five."""
+    return layers * (1.0 + (0.3 if tokens % 4 else 0.0) + 0.05 * tokens)
+
+
+def costs(seconds: Seconds) -> StepCosts:
+    """Exact at every exit layer for the shapes that are kept."""
+    head = np.array([seconds(0, rows, rows) + 0.5 for rows in ROWS])
+    layer = np.array([seconds(1, rows, rows) - seconds(0, rows, rows) for rows in ROWS])
+    verify = [
+        [[_verify(seconds, exit_layer, rows, width) for width in WIDTHS] for rows in ROWS]
+        for exit_layer in range(NUM_LAYERS)
+    ]
+    return StepCosts(head, layer, np.array(verify))
+
+
+def _verify(seconds: Seconds, exit_layer: int, rows: int, width: int) -> float:
+    if width == 1:
+        return seconds(NUM_LAYERS, rows, rows) + 0.5
+    alone = seconds(exit_layer, rows, rows)
+    return alone + seconds(NUM_LAYERS - exit_layer, rows, rows * width) + 0.5
+
+
+def record(rates: Callable[[int], float]) -> AcceptanceRecord:
+    """A long memory of drafts that were kept at these rates, whatever their position."""
+    known = AcceptanceRecord(
+        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
+    )
+    rng = np.random.default_rng(0)
+    for layer in LAYERS:
+        for _ in range(400):
+            refused = np.flatnonzero(rng.random(LONGEST) > rates(layer))
+            known.record(layer, drafted=LONGEST, kept=int(refused[0]) if len(refused) else LONGEST)
+    return known
+
+
+def controller(step_costs: StepCosts, known: AcceptanceRecord) -> Controller:
+    return Controller(
+        step_costs, known, exit_layers=tuple(LAYERS), first_exit_layer=4, max_draft_length=LONGEST
+    )
+
+
+def rows(count: int, limit: int = LONGEST) -> list[DraftingRow]:
+    return [DraftingRow(limit, RowRecord()) for _ in range(count)]
+
+
+def rate(step_costs: StepCosts, known: AcceptanceRecord, choice: Choice) -> float:
+    """Expected tokens a second of a choice, in plain loops over rows and drafts."""
+    lengths, layer = choice.draft_lengths, choice.exit_layer
+    curve = known.curve(layer).tolist()
+    tokens = sum(1 + sum(float(np.prod(curve[:k])) for k in range(1, length + 1)) for length in lengths)
+    seconds = float(step_costs.verify_s(layer, len(lengths), np.array(len(lengths) + sum(lengths))))
+    for ahead in range(max(lengths)):
+        seconds += float(step_costs.draft_s(layer, np.array([sum(length > ahead for length in lengths)]))[0])
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("seconds", [flat, linear, dear_steps, not_monotone])
+@pytest.mark.parametrize("num_rows", [1, 4, 32])
+@pytest.mark.parametrize("best_rate", [0.9, 0.6, 0.2])
+def test_its_choice_equals_brute_force(seconds: Seconds, num_rows: int, best_rate: float) -> None:
+    step_costs, known = costs(seconds), record(lambda layer: best_rate * (1 - 0.5 ** (layer / 3)))
+    chosen = controller(step_costs, known).choose(rows(num_rows))
+    uniform = [Choice(layer, (length,) * num_rows) for layer in LAYERS for length in range(LONGEST + 1)]
+    best = max(rate(step_costs, known, choice) for choice in uniform)
+    plain = num_rows / step_costs.plain_s(num_rows)
+    # Drafts that gain less than the margin are not made.
+    assert rate(step_costs, known, chosen) >= (best if best > 1.01 * plain else plain) * (1 - 1e-9)
+
+
+def test_brute_force_finds_different_answers_to_these_tables() -> None:
+    """Otherwise the test above could not fail."""
+    known = record(lambda layer: 0.9 * (1 - 0.5 ** (layer / 3)))
+    chosen = {
+        (choice.exit_layer, choice.draft_lengths[0])
+        for seconds in (flat, linear, dear_steps, not_monotone)
+        for choice in [controller(costs(seconds), known).choose(rows(1))]
+    }
+    assert len(chosen) >= 3
+
+
+def test_a_row_whose_drafts_are_kept_drafts_more_than_one_whose_are_not() -> None:
+    known = record(lambda layer: 0.7)
+    lucky, unlucky = RowRecord(), RowRecord()
+    for _ in range(20):
+        lucky.record(known.curve(4), drafted=6, kept=6)
+        unlucky.record(known.curve(4), drafted=6, kept=0)
+    chosen = controller(costs(dear_steps), known).choose([DraftingRow(8, lucky), DraftingRow(8, unlucky)])
+    assert chosen.draft_lengths[0] > chosen.draft_lengths[1]
+
+
+def test_rows_draft_no_more_than_they_may() -> None:
+    chosen = controller(costs(flat), record(lambda layer: 0.95)).choose([*rows(1, limit=2), *rows(1)])
+    assert chosen.draft_lengths[0] <= 2 < chosen.draft_lengths[1]
+
+
+def test_an_exit_layer_that_was_asked_for_is_used() -> None:
+    assert controller(costs(flat), record(lambda layer: 0.9)).choose(rows(3), exit_layer=9).exit_layer == 9
+
+
+def test_drafting_stops_by_itself_when_tokens_cost_too_much() -> None:
+    """What pays for one row on a device bound by memory does not for so many that arithmetic binds it."""
+
+    def saturating(layers: int, num_rows: int, tokens: int) -> float:
+        return layers * max(1.0, tokens / 24)
+
+    under_test = controller(costs(saturating), record(lambda layer: 0.6))
+    assert sum(under_test.choose(rows(1)).draft_lengths) > 0
+    assert sum(under_test.choose(rows(64)).draft_lengths) == 0
+
+
+def test_acceptance_that_changes_changes_the_choice_and_back() -> None:
+    known = AcceptanceRecord(
+        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
+    )
+    under_test = controller(costs(linear_with_gain), known)
+    assert share_drafting(under_test, kept_rate=0.95) > 0.9
+    assert share_drafting(under_test, kept_rate=0.02) < 0.1
+    assert share_drafting(under_test, kept_rate=0.95, num_steps=6000) > 0.9
+
+
+def linear_with_gain(layers: int, num_rows: int, tokens: int) -> float:
+    return layers * (1.0 + 0.2 * tokens)
+
+
+def share_drafting(under_test: Controller, *, kept_rate: float, num_steps: int = 5000) -> float:
+    """Share of the last thousand steps that drafted, each draft kept at this rate whoever made it."""
+    rng = np.random.default_rng(1)
+    drafting = []
+    for _ in range(num_steps):
+        row = rows(1)
+        chosen = under_test.choose(row)
+        length = chosen.draft_lengths[0]
+        if length:
+            refused = np.flatnonzero(rng.random(length) > kept_rate)
+            kept = int(refused[0]) if len(refused) else length
+            under_test.drafted(
+                row[0].record, chosen.exit_layer, Drafter.EARLY_EXIT, drafted=length, kept=kept
+            )
+        drafting.append(length > 0)
+    return float(np.mean(drafting[-1000:]))
+
+
+def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain() -> None:
+    known = AcceptanceRecord(
+        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
+    )
+    under_test = controller(costs(linear_with_gain), known)
+    assert under_test.pays
+    assert share_drafting(under_test, kept_rate=0.02) < 0.02
+    assert not under_test.pays
+
+
+def test_costs_follow_a_machine_that_slows_down() -> None:
+    step_costs = costs(flat)
+    before = step_costs.plain_s(1)
+    for _ in range(200):
+        draft_s = 3 * (0.5 + 4 * 1.002) * 2
+        step_costs.observe(4, [2], draft_s=draft_s, verify_s=3 * _verify(flat, 4, 1, 3))
+    # Steps of three tokens took three times as long; plain ones, not seen since, are taken to do so too.
+    assert step_costs.plain_s(1) > 1.5 * before
+    assert float(step_costs.verify_s(4, 1, np.array(3))) == pytest.approx(3 * _verify(flat, 4, 1, 3), rel=0.1)
+
+
+def test_one_step_that_was_held_up_changes_little() -> None:
+    step_costs = costs(flat)
+    before = step_costs.plain_s(1)
+    step_costs.observe(1, [0], draft_s=0.0, verify_s=1000 * before)
+    assert step_costs.plain_s(1) < 1.2 * before
+
+
+@pytest.mark.parametrize("seconds", [flat, linear, dear_steps])
+def test_fitted_costs_agree_with_what_was_measured(seconds: Seconds) -> None:
+    measured = [
+        StepTime(
+            num_rows,
+            layer,
+            length,
+            length * (seconds(layer, num_rows, num_rows) + 0.5),
+            _verify(seconds, layer, num_rows, 1 + length),
+        )
+        for num_rows in ROWS[:6]
+        for layer, length in [(4, 0), (4, 1), (4, 2), (4, 4), (8, 1)]
+    ]
+    fitted = StepCosts.fit(measured, num_layers=NUM_LAYERS)
+    for step in measured:
+        got = fitted.verify_s(
+            step.exit_layer, step.num_rows, np.array(step.num_rows * (1 + step.draft_length))
+        )
+        assert float(got) == pytest.approx(step.verify_s, rel=0.15)
+        if step.draft_length == 1:
+            one = fitted.draft_s(step.exit_layer, np.array([step.num_rows]))[0]
+            assert one == pytest.approx(step.draft_s, rel=1e-6)
+    assert fitted.plain_s(256) > fitted.plain_s(32)
+
+
+def test_one_measured_row_is_enough_to_begin_with() -> None:
+    fitted = StepCosts.fit([StepTime(1, 3, 0, 0.0, 2.0), StepTime(1, 3, 1, 0.5, 2.2)], num_layers=NUM_LAYERS)
+    assert fitted.plain_s(1) == pytest.approx(2.0)
+    assert fitted.plain_s(8) == pytest.approx(16.0)
+    assert float(fitted.verify_s(3, 1, np.array(2))) == pytest.approx(2.2)
+
+
+def test_a_real_engine_chooses_and_the_text_is_that_of_any_other_choice(tmp_path, lab: Lab) -> None:
+    """The later layers add nothing, so that drafts from there on are always kept and drafting must pay."""
+    make_checkpoint(tmp_path, num_layers=12, vocab=61, hidden=64, transparent_from=2)
+    settings = EngineSettings(
+        model=str(tmp_path), dtype="float64", num_threads=1, num_blocks=256, max_model_len=512
+    )
+    engine = Engine.load(settings)
+    open_request = one_request(max_new_tokens=300, exit_layer=None, draft_length=None)
+    events = engine.generate([open_request])[0]
+    plain = engine.generate([one_request(max_new_tokens=300, exit_layer=3, draft_length=0)])[0]
+    assert [t for e in events for t in e.token_ids] == [t for e in plain for t in e.token_ids]
+    assert sum(event.drafted for event in events) > 0
+    assert engine.report().load.is_drafting_worthwhile
+
+
+def test_it_learns_from_steps_of_rows_that_only_decode(lab: Lab) -> None:
+    outcomes: list[StepOutcome] = []
+
+    class Recorder(Controller):
+        def took(self, outcome: StepOutcome) -> None:
+            outcomes.append(outcome)
+
+    under_test = Recorder(
+        costs(flat), record(lambda layer: 0.5), exit_layers=(1, 2), first_exit_layer=1, max_draft_length=4
+    )
+    engine = lab.fresh_engine(block_size=4, num_blocks=512, max_num_seqs=4, budget=64, chooser=under_test)
+    engine.generate([one_request(exit_layer=None, draft_length=None, max_new_tokens=20)])
+    assert outcomes
+    assert all(len(outcome.draft_lengths) == 1 for outcome in outcomes)
