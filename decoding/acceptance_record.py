@@ -7,6 +7,7 @@ Shapes: K draft positions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,9 +20,15 @@ _FADING: Final = 0.998
 
 _LONG_AGO: Final = 0.7
 
-_ROW_FADING: Final = 0.95
-_ROW_PRIOR: Final = 8.0
+_TRIED: Final = 8.0
+"""First drafts after which an exit layer says something of others."""
+
+_ROW_FADING: Final = 0.97
+_ROW_PRIOR: Final = 16.0
 """A row's own drafts count fully once there are well more than these."""
+
+_ADVANTAGES: Final = (0.5, 0.7, 0.85, 1.0, 1.1, 1.2)
+"""Rows are told apart no finer than this: rows that draft alike are computed together, which costs less."""
 
 _PRIOR: Final = 4.0
 _FIRST_PRIOR: Final = 16.0
@@ -49,7 +56,8 @@ class RowRecord:
     def advantage(self) -> float:
         """How much likelier than others' this row's drafts are kept, 1 if nothing is known."""
         usual = self.expected / self.reached if self.reached else 1.0
-        return (self.kept + _ROW_PRIOR * usual) / (self.expected + _ROW_PRIOR * usual)
+        seen = (self.kept + _ROW_PRIOR * usual) / (self.expected + _ROW_PRIOR * usual)
+        return min(_ADVANTAGES, key=lambda advantage: abs(advantage - seen))
 
 
 class AcceptanceRecord:
@@ -104,12 +112,19 @@ class AcceptanceRecord:
         return curve_K
 
     def _guess(self, exit_layer: int) -> float:
-        """First-draft acceptance, from the nearest exit layer tried: refusals fade towards the last layer."""
-        tried = np.flatnonzero(self._reached_LK[:, 0] > 1)
+        """First-draft acceptance, from the nearest other exit layer that was tried.
+
+        Towards the last layer refusals fade in proportion; towards the first, where a head sees least, acceptance
+        falls like the root of the depth.
+        """
+        tried = np.flatnonzero(self._reached_LK[:, 0] > _TRIED)
+        tried = tried[tried != exit_layer]
         if len(tried):
             nearest = int(tried[np.abs(tried - exit_layer).argmin()])
             rate = float(self._kept_LK[nearest, 0] / self._reached_LK[nearest, 0])
         else:
             nearest, rate = self._first
+        if exit_layer < nearest:
+            return rate * math.sqrt(exit_layer / nearest)
         refused = (1 - rate) * (self._num_layers - exit_layer) / (self._num_layers - nearest)
-        return min(max(1 - refused, 0.0), _MOST)
+        return min(1 - refused, _MOST)

@@ -2,14 +2,17 @@
 
 Knows expected costs and acceptance; knows no tokens. No output depends on what it chooses.
 
-Shapes: B rows, K draft positions, M candidates.
+Shapes: C kinds of rows, K draft positions, M candidates.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from statistics import median_high
+from typing import Final, NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -19,6 +22,9 @@ from decoding.step_costs import Counts, Floats, StepCosts
 
 _KEPT_STEPS: Final = 8
 """A choice is used for so many steps; only the rows' own records still change its draft lengths."""
+
+_SEARCH_STEPS: Final = 64
+"""How often all exit layers are weighed; in between, the last and its neighbours."""
 
 _PROBE_STEPS: Final = 256
 """How often something else than the best is tried: a neighbouring exit layer, a draft, or none."""
@@ -31,6 +37,9 @@ _HOPELESS_DRAFTS: Final = 60
 
 _WORTH_TRYING: Final = 0.9
 """A neighbouring exit layer that promises less than this share of the best rate is not tried."""
+
+_MOST: Final = 0.98
+"""No draft is surer than this."""
 
 _MARGIN: Final = 1.01
 """Drafting must promise so much more than plain decoding: its costs are less certain."""
@@ -111,6 +120,42 @@ class FixedChoice:
         """Learn nothing."""
 
 
+class _Kind(NamedTuple):
+    """Rows that are alike: how much likelier than others' their drafts are kept, and how many they may make."""
+
+    advantage: float
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The kinds of row in a batch, and how many rows are of each: C kinds."""
+
+    kinds: tuple[_Kind, ...]
+    counts_C: Counts
+
+    @classmethod
+    def of(cls, kinds: Sequence[_Kind]) -> Self:
+        """Rows by their kind; those that are alike draft alike, which also computes faster than odd lengths do."""
+        counts = Counter(kinds)
+        return cls(tuple(counts), np.array(list(counts.values()), dtype=np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all kinds."""
+        return int(self.counts_C.sum())
+
+    def kept_probabilities(self, curve_K: Floats) -> Floats:
+        """Probability that a run of drafts is kept up to each position, [C, K]; 0 beyond what a row may draft."""
+        limits_C = np.array([kind.limit for kind in self.kinds])
+        advantages_C = np.array([kind.advantage for kind in self.kinds])
+        longest = int(limits_C.max())
+        each_CK = np.minimum(advantages_C[:, None] * curve_K[:longest], _MOST)
+        may_draft_CK = np.arange(longest) < limits_C[:, None]
+        kept_CK: Floats = np.where(may_draft_CK, each_CK.cumprod(axis=1), 0.0)
+        return kept_CK
+
+
 @dataclass(slots=True)
 class _Standing:
     """A choice in use: drafts are made where all of a run are kept with at least this probability."""
@@ -131,8 +176,8 @@ class _Candidate:
 class Controller:
     """Maximises expected tokens over expected seconds, from costs and acceptance that it keeps current.
 
-    For one exit layer the drafts worth making are those likeliest to be kept: all possible drafts of all rows are
-    put in the order of that probability, and every prefix of the order is a candidate.
+    For one exit layer the drafts worth making are those likeliest to be kept: the candidates are all drafts of all
+    rows that are kept with at least some probability.
     """
 
     def __init__(
@@ -153,6 +198,7 @@ class Controller:
         self._num_steps = 0
         self._probe_steps = _SOON_STEPS
         self._next_probe = _SOON_STEPS
+        self._next_search = 0
         self._is_plains_turn = False
         self._num_drafts = 0
         self.exit_layer = first_exit_layer
@@ -161,15 +207,22 @@ class Controller:
     def choose(self, rows: Sequence[DraftingRow], *, exit_layer: int | None = None) -> Choice:
         """What promises most tokens a second; now and then something else, to learn whether it would."""
         self._num_steps += 1
+        advantages = [row.record.advantage for row in rows]
+        # Rows that run ahead of most others end early, and leave these to a smaller batch.
+        usual = median_high(advantages)
+        kinds = [
+            _Kind(min(advantage, usual), min(row.limit, self._max_draft_length))
+            for advantage, row in zip(advantages, rows, strict=True)
+        ]
         standing = self._standing.get(exit_layer)
         if standing is None or standing.num_rows != len(rows) or standing.steps_left <= 0:
-            standing = self._standing[exit_layer] = self._decide(rows, exit_layer)
+            standing = self._standing[exit_layer] = self._decide(_Batch.of(kinds), exit_layer)
         standing.steps_left -= 1
         if exit_layer is None:
             self.exit_layer = standing.exit_layer
-        curve_K = self._record.curve(standing.exit_layer)
-        lengths = tuple(self._length(row, curve_K, standing.least) for row in rows)
-        return Choice(standing.exit_layer, lengths)
+        curve = self._record.curve(standing.exit_layer).tolist()
+        lengths = {kind: _length(kind, curve, standing.least) for kind in set(kinds)}
+        return Choice(standing.exit_layer, tuple(lengths[kind] for kind in kinds))
 
     def lookup_length(self, num_rows: int, limit: int) -> int:
         """Drafts that were looked up cost no layers before they are verified."""
@@ -194,21 +247,29 @@ class Controller:
             outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
         )
 
-    def _decide(self, rows: Sequence[DraftingRow], asked: int | None) -> _Standing:
-        layers = self._exit_layers if asked is None else (asked,)
-        candidates = {layer: self._best_at(layer, rows) for layer in layers}
+    def _decide(self, batch: _Batch, asked: int | None) -> _Standing:
+        layers = self._layers_to_weigh() if asked is None else (asked,)
+        candidates = {layer: self._best_at(layer, batch) for layer in layers}
         best = max(candidates.values(), key=lambda candidate: candidate.rate)
-        plain = len(rows) / self._costs.plain_s(len(rows))
+        plain = batch.num_rows / self._costs.plain_s(batch.num_rows)
         drafts = best.rate > _MARGIN * plain
-        if asked is None and len(rows) == 1:
+        if asked is None and batch.num_rows == 1:
             self.pays = drafts or self._num_drafts < _HOPELESS_DRAFTS
         chosen, steps = best, _KEPT_STEPS
         if not drafts:
             chosen = _Candidate(best.exit_layer, np.inf, plain)
         if self._num_steps >= self._next_probe:
             self._plan_probe(drafts=drafts)
-            chosen, steps = self._other(chosen, candidates, drafts=drafts), _PROBED_STEPS
-        return _Standing(chosen.exit_layer, chosen.least, len(rows), steps)
+            chosen, steps = self._other(best, candidates, drafts=drafts), _PROBED_STEPS
+        return _Standing(chosen.exit_layer, chosen.least, batch.num_rows, steps)
+
+    def _layers_to_weigh(self) -> Sequence[int]:
+        """Now and then all exit layers, else those beside the last: weighing takes time of the step."""
+        if self._num_steps >= self._next_search:
+            self._next_search = self._num_steps + _SEARCH_STEPS
+            return self._exit_layers
+        place = bisect_left(self._exit_layers, self.exit_layer)
+        return self._exit_layers[max(0, place - 1) : place + 2]
 
     def _plan_probe(self, *, drafts: bool) -> None:
         """Soon after drafting was given up, then ever more seldom."""
@@ -218,62 +279,50 @@ class Controller:
         if drafts:
             self._probe_steps = _SOON_STEPS
 
-    def _other(self, chosen: _Candidate, candidates: dict[int, _Candidate], *, drafts: bool) -> _Candidate:
-        """Something else than the best, worth learning about."""
+    def _other(self, best: _Candidate, candidates: dict[int, _Candidate], *, drafts: bool) -> _Candidate:
+        """Something else than what is chosen, worth learning about."""
         if not drafts:
-            # One draft for each row says whether they would be kept by now; what was once seen tells less of that.
+            # Are they kept by now, and cost what they did? What was seen long ago says less of that.
             self._record.fade()
-            return _Candidate(chosen.exit_layer, 0.0, 0.0)
+            return best if self.pays else _Candidate(best.exit_layer, 0.0, 0.0)
         layers = sorted(candidates)
-        place = layers.index(chosen.exit_layer)
+        place = layers.index(best.exit_layer)
         beside = [
-            candidates[layer] for layer in layers[max(0, place - 1) : place + 2] if layer != chosen.exit_layer
+            candidates[layer] for layer in layers[max(0, place - 1) : place + 2] if layer != best.exit_layer
         ]
-        hopeful = [other for other in beside if other.rate > _WORTH_TRYING * chosen.rate]
+        hopeful = [other for other in beside if other.rate > _WORTH_TRYING * best.rate]
         least_known = min(hopeful, key=lambda other: self._record.weight(other.exit_layer), default=None)
         self._is_plains_turn = not self._is_plains_turn
         if least_known is None or self._is_plains_turn:
-            return _Candidate(chosen.exit_layer, np.inf, 0.0)
+            return _Candidate(best.exit_layer, np.inf, 0.0)
         return least_known
 
-    def _best_at(self, exit_layer: int, rows: Sequence[DraftingRow]) -> _Candidate:
-        """The best prefix of all drafts at this exit layer, in the order of the probability that they are kept."""
-        kept_BK = self._kept_probabilities(exit_layer, rows)
-        order_M = np.argsort(-kept_BK, axis=None, kind="stable")
-        probabilities_M = kept_BK.ravel()[order_M]
-        order_M = order_M[probabilities_M > 0]
-        probabilities_M = probabilities_M[probabilities_M > 0]
+    def _best_at(self, exit_layer: int, batch: _Batch) -> _Candidate:
+        """The best least probability, among those of all drafts at this exit layer, of the drafts to make."""
+        kept_CK = batch.kept_probabilities(self._record.curve(exit_layer))
+        order_M = np.argsort(-kept_CK, axis=None, kind="stable")[: np.count_nonzero(kept_CK)]
         if not len(order_M):
             return _Candidate(exit_layer, np.inf, 0.0)
-        positions_M = order_M % kept_BK.shape[1]
-        is_at_MK = positions_M[:, None] == np.arange(kept_BK.shape[1])
-        drafting_MK: Counts = is_at_MK.astype(np.int64).cumsum(axis=0)
-        num_M = np.arange(1, len(order_M) + 1)
-        seconds_M = self._costs.draft_s(exit_layer, drafting_MK).sum(axis=1) + self._costs.verify_s(
-            exit_layer, len(rows), len(rows) + num_M
-        )
-        rates_M = (len(rows) + np.cumsum(probabilities_M)) / seconds_M
+        longest = kept_CK.shape[1]
+        probabilities_M = kept_CK.ravel()[order_M]
+        rows_M = batch.counts_C[order_M // longest]
+        is_at_MK = (order_M % longest)[:, None] == np.arange(longest)
+        drafting_MK: Counts = (rows_M[:, None] * is_at_MK).cumsum(axis=0)
+        num_tokens_M = batch.num_rows + rows_M.cumsum()
+        seconds_M = self._costs.draft_s(exit_layer, drafting_MK).sum(axis=1)
+        seconds_M += self._costs.verify_s(exit_layer, batch.num_rows, num_tokens_M)
+        rates_M = (batch.num_rows + (rows_M * probabilities_M).cumsum()) / seconds_M
         best = int(rates_M.argmax())
         return _Candidate(exit_layer, float(probabilities_M[best]), float(rates_M[best]))
 
-    def _kept_probabilities(self, exit_layer: int, rows: Sequence[DraftingRow]) -> Floats:
-        """Probability that each row's run of drafts is kept up to each position; 0 beyond what it may draft."""
-        longest = min(max(row.limit for row in rows), self._max_draft_length)
-        curve_K = self._record.curve(exit_layer)[:longest]
-        advantages_B = np.array([row.record.advantage for row in rows])
-        each_BK = np.minimum(advantages_B[:, None] * curve_K, 0.98)
-        limits_B = np.array([row.limit for row in rows])
-        may_draft_BK = np.arange(longest) < limits_B[:, None]
-        kept_BK: Floats = np.where(may_draft_BK, np.cumprod(each_BK, axis=1), 0.0)
-        return kept_BK
 
-    def _length(self, row: DraftingRow, curve_K: Floats, least: float) -> int:
-        """How far a row's run is kept with at least the standing choice's probability."""
-        advantage, probability, length = row.record.advantage, 1.0, 0
-        most = 1 if least == 0.0 else min(row.limit, self._max_draft_length)
-        for each in curve_K[:most].tolist():
-            probability *= min(advantage * each, 0.98)
-            if probability < least:
-                break
-            length += 1
-        return length
+def _length(kind: _Kind, curve: Sequence[float], least: float) -> int:
+    """How far a run is kept with at least this probability."""
+    probability, length = 1.0, 0
+    most = 1 if least == 0.0 else kind.limit
+    for each in curve[:most]:
+        probability *= min(kind.advantage * each, _MOST)
+        if probability < least:
+            break
+        length += 1
+    return length

@@ -21,13 +21,15 @@ WIDTHS: Final = (1, 2, 3, 5, 9, 17)
 """Where times are kept; between them they are interpolated."""
 
 _LEAST_S: Final = 1e-7
+_KNOWN: Final = 10
 _PACE: Final = 0.1
-"""Share of a step's surprise that is believed."""
+_SHARED_PACE: Final = 0.05
+"""Share of a step's surprise that is believed, of its shape and of the whole machine, once its shape is known."""
 
-_SHARED: Final = 0.5
-"""Share of what is believed that tells of the whole machine, not only of steps of this shape."""
+_FIRST_WEIGHT: Final = 4
+"""What was measured or guessed at the start counts like so many steps seen."""
 
-_MOST_SURPRISING: Final = 4.0
+_MOST_SURPRISING: Final = 2.0
 """One step that took longer than this many times the expected was held up by something else."""
 
 
@@ -53,20 +55,22 @@ class StepCosts:
     def __init__(self, head_s_R: Floats, layer_s_R: Floats, verify_s_LRW: Floats) -> None:
         self._head_s_R = head_s_R
         self._layer_s_R = layer_s_R
-        self._verify_s_LRW = verify_s_LRW
+        self._verify_s_RWL = np.moveaxis(verify_s_LRW, 0, 2).copy()
+        self._num_drafted_R = np.zeros(len(ROWS), dtype=np.int64)
+        self._num_verified_RW = np.zeros((len(ROWS), len(WIDTHS)), dtype=np.int64)
 
     @classmethod
     def fit(cls, measured: Sequence[StepTime], *, num_layers: int) -> Self:
         """Costs that agree with what was measured, carried on to shapes that were not.
 
-        Needs one row drafting 0 tokens and 1 token at some exit layer, the least that any server can do.
+        All drafts were made at one exit layer. Needs one row drafting 0 tokens and 1 token, the least that any
+        server can do.
         """
-        shallow = min(step.exit_layer for step in measured if step.draft_length)
-        table_RW = _carried_on(
-            _verify_table([s for s in measured if s.exit_layer == shallow or not s.draft_length])
-        )
-        head_s_R, layer_s_R = _draft_steps(measured, shallow, table_RW[:, 0] / num_layers)
-        return cls(head_s_R, layer_s_R, _at_every_exit(table_RW, head_s_R, layer_s_R, shallow, num_layers))
+        (exit_layer,) = {step.exit_layer for step in measured if step.draft_length}
+        table_RW = _carried_on(_verify_table(measured))
+        head_s_R, layer_s_R = _draft_steps(measured, exit_layer, table_RW[:, 0], num_layers)
+        verify_s_LRW = _at_every_exit(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
+        return cls(head_s_R, layer_s_R, verify_s_LRW)
 
     def draft_s(self, exit_layer: int, num_rows: Counts) -> Floats:
         """Seconds of one draft step of each of these numbers of rows; 0 for no rows."""
@@ -77,7 +81,7 @@ class StepCosts:
         """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at `exit_layer`."""
         place = float(_place(np.array(num_rows)))
         low = min(int(place), len(ROWS) - 2)
-        table_RW = self._verify_s_LRW[exit_layer]
+        table_RW = self._verify_s_RWL[..., exit_layer]
         of_rows_W: Floats = table_RW[low] + (place - low) * (table_RW[low + 1] - table_RW[low])
         seconds_M: Floats = np.interp(num_tokens_M / num_rows, WIDTHS, of_rows_W)
         return seconds_M
@@ -98,20 +102,25 @@ class StepCosts:
         if len(drafting):
             surprise = draft_s / float(self.draft_s(exit_layer, drafting).sum())
             nearest = round(float(_place(drafting[:1])[0]))
-            _believe(surprise, self._head_s_R, nearest)
-            _believe(surprise, self._layer_s_R, nearest)
+            _believe(surprise, (self._head_s_R, self._layer_s_R), nearest, self._num_drafted_R)
         num_tokens = np.array(num_rows + int(lengths.sum()))
         surprise = verify_s / float(self.verify_s(exit_layer, num_rows, num_tokens))
         row = round(float(_place(np.array(num_rows))))
         width = int(np.abs(np.array(WIDTHS) - num_tokens / num_rows).argmin())
-        _believe(surprise, self._verify_s_LRW, (slice(None), row, width))
+        _believe(surprise, (self._verify_s_RWL,), (row, width), self._num_verified_RW)
 
 
-def _believe(surprise: float, times_s: Floats, nearest: int | tuple[slice | int, ...]) -> None:
-    """Move all times a little towards what a step took, and those of its own shape more."""
+def _believe(
+    surprise: float, times_s: Sequence[Floats], cell: int | tuple[int, int], num_seen: Counts
+) -> None:
+    """Move a cell's times towards what a step took, fast while few were seen; then all others a little too."""
     bounded = min(max(surprise, 1 / _MOST_SURPRISING), _MOST_SURPRISING)
-    times_s *= bounded ** (_PACE * _SHARED)
-    times_s[nearest] *= bounded ** (_PACE * (1 - _SHARED))
+    own = max(_PACE, 1 / (_FIRST_WEIGHT + num_seen[cell]))
+    shared = _SHARED_PACE if num_seen[cell] >= _KNOWN else 0.0
+    for each_s in times_s:
+        each_s[cell] *= bounded ** (own - shared)
+        np.multiply(each_s, bounded**shared, out=each_s)
+    num_seen[cell] += 1
 
 
 def _place(num_rows: Counts) -> Floats:
@@ -129,50 +138,48 @@ def _verify_table(measured: Sequence[StepTime]) -> Floats:
 
 
 def _carried_on(table_RW: Floats) -> Floats:
-    """Fill what was not measured: more positions cost in proportion, more rows as much more as plain steps do."""
-    table_RW = table_RW.copy()
-    for width in range(1, len(WIDTHS)):
-        if np.isnan(table_RW[0, width]):
-            table_RW[0, width] = table_RW[0, width - 1] * WIDTHS[width] / WIDTHS[width - 1]
-    for row in range(1, len(ROWS)):
-        if np.isnan(table_RW[row, 0]):
-            table_RW[row, 0] = 2 * table_RW[row - 1, 0]
-        gaps_W = np.isnan(table_RW[row])
-        table_RW[row, gaps_W] = (table_RW[row - 1] * table_RW[row, 0] / table_RW[row - 1, 0])[gaps_W]
-    return table_RW
+    """Fill gaps from what was measured with as many tokens in all; beyond the most, tokens cost in proportion."""
+    tokens_RW = np.outer(ROWS, WIDTHS)
+    is_known_RW = ~np.isnan(table_RW)
+    order_M = np.argsort(tokens_RW[is_known_RW], kind="stable")
+    tokens_M, seconds_M = tokens_RW[is_known_RW][order_M], _never_falling(table_RW[is_known_RW][order_M])
+    filled_RW = np.interp(tokens_RW, tokens_M, seconds_M) * np.maximum(tokens_RW / tokens_M[-1], 1.0)
+    whole_RW = np.where(is_known_RW, table_RW, filled_RW)
+    return _never_falling(_never_falling(whole_RW).T).T
 
 
-def _draft_steps(measured: Sequence[StepTime], shallow: int, per_layer_s_R: Floats) -> tuple[Floats, Floats]:
-    """Head and layer seconds of draft steps, from steps of one draft at two exit layers where there are two."""
-    steps_s: dict[tuple[int, int], float] = {}
+def _never_falling(seconds_N: Floats) -> Floats:
+    """No more than what comes later along the last axis: a step that was held up should not look dearer."""
+    cleaned_N: Floats = np.minimum.accumulate(seconds_N[..., ::-1], axis=-1)[..., ::-1]
+    return cleaned_N
+
+
+def _draft_steps(
+    measured: Sequence[StepTime], exit_layer: int, plain_s_R: Floats, num_layers: int
+) -> tuple[Floats, Floats]:
+    """Head and layer seconds of draft steps. A plain step is a draft step that leaves after the last layer."""
+    step_s_R = np.full(len(ROWS), np.inf)
     for step in measured:
         if step.draft_length == 1:
-            key = ROWS.index(step.num_rows), step.exit_layer
-            steps_s[key] = min(step.draft_s, steps_s.get(key, np.inf))
-    head_s_R, layer_s_R = np.empty(len(ROWS)), np.empty(len(ROWS))
-    for row in range(len(ROWS)):
-        deeper = [(layer, s) for (at, layer), s in steps_s.items() if at == row and layer > shallow]
-        near_s = steps_s.get((row, shallow))
-        if near_s is None:
-            growth = per_layer_s_R[row] / per_layer_s_R[row - 1]
-            head_s_R[row], layer_s_R[row] = growth * head_s_R[row - 1], growth * layer_s_R[row - 1]
-            continue
-        layer_s = (deeper[0][1] - near_s) / (deeper[0][0] - shallow) if deeper else per_layer_s_R[row]
-        layer_s_R[row] = min(max(layer_s, _LEAST_S), near_s / shallow)
-        head_s_R[row] = max(near_s - shallow * layer_s_R[row], _LEAST_S)
-    return head_s_R, layer_s_R
+            row = ROWS.index(step.num_rows)
+            step_s_R[row] = min(step_s_R[row], step.draft_s)
+    is_known_R = np.isfinite(step_s_R)
+    share_R = np.interp(np.arange(len(ROWS)), np.flatnonzero(is_known_R), (step_s_R / plain_s_R)[is_known_R])
+    step_s_R = np.minimum(share_R, 1.0) * plain_s_R
+    layer_s_R = np.minimum((plain_s_R - step_s_R) / (num_layers - exit_layer), step_s_R / exit_layer)
+    layer_s_R = np.maximum(layer_s_R, _LEAST_S)
+    return np.maximum(step_s_R - exit_layer * layer_s_R, _LEAST_S), layer_s_R
 
 
 def _at_every_exit(
     table_RW: Floats, head_s_R: Floats, layer_s_R: Floats, measured_at: int, num_layers: int
 ) -> Floats:
     """Verification at each exit layer 0 … L − 1; plain steps, of width 1, cost the same at all."""
-    tokens_RW = np.outer(ROWS, WIDTHS)
-    head_s_RW = np.interp(_place(tokens_RW), np.arange(len(ROWS)), head_s_R)
-    alone_s_RW = np.broadcast_to(layer_s_R[:, None], table_RW.shape)
+    head_s_RW = np.interp(_place(np.outer(ROWS, WIDTHS)), np.arange(len(ROWS)), head_s_R)
+    alone_s_RW = layer_s_R[:, None]
     late_s_RW = (table_RW - measured_at * alone_s_RW - head_s_RW) / (num_layers - measured_at)
-    late_s_RW = np.clip(late_s_RW, alone_s_RW, table_RW / num_layers * tokens_RW)
-    later_L = np.arange(num_layers)[:, None, None] - measured_at
-    verify_s_LRW: Floats = np.maximum(table_RW - later_L * (late_s_RW - alone_s_RW), _LEAST_S)
+    late_s_RW = np.maximum(late_s_RW, alone_s_RW)
+    early_L = np.arange(num_layers)[:, None, None]
+    verify_s_LRW: Floats = early_L * alone_s_RW + (num_layers - early_L) * late_s_RW + head_s_RW
     verify_s_LRW[:, :, 0] = table_RW[:, 0]
     return verify_s_LRW

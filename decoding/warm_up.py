@@ -17,9 +17,23 @@ from decoding.cycle import Cycle
 from decoding.exits import Speculation
 from decoding.messages import Generate, SamplingParams
 from decoding.scheduler import Scheduler
-from decoding.step_costs import ROWS, WIDTHS, StepCosts, StepTime
+from decoding.step_costs import WIDTHS, StepCosts, StepTime
 
 _REPEATS: Final = 3
+_IN_ORDER: Final = (
+    (1, (0, 1, 2, 4, 8)),
+    (4, (0, 1, 4)),
+    (16, (0, 1, 4)),
+    (2, (0, 1, 4)),
+    (8, (0, 1, 4)),
+    (64, (0, 1)),
+    (32, (0, 1, 4)),
+    (1, (16,)),
+    (4, (2, 8, 16)),
+    (128, (0, 1)),
+)
+"""Rows and draft lengths, what tells most first: time may run out."""
+
 _PROMPT_TOKENS: Final = 16
 """Enough that attention has something to attend to."""
 
@@ -101,12 +115,9 @@ class Warmup:
     def _shapes(self) -> Iterator[Shape]:
         """Shapes that fit, those that tell most first."""
         near = self.speculation.first_exit_layer
-        far = min(self.speculation.allowed_exit_layers, key=lambda layer: abs(layer - 2 * near))
-        for num_rows in ROWS:
-            widths = [width for width in WIDTHS if width - 1 <= self.settings.max_draft_length]
-            shapes = [Shape(num_rows, near, width - 1) for width in widths]
-            if far > near and len(widths) > 1:
-                shapes.append(Shape(num_rows, far, 1))
+        longest = self.settings.max_draft_length
+        for num_rows, lengths in _IN_ORDER:
+            shapes = [Shape(num_rows, near, length) for length in lengths if length <= longest]
             yield from filter(self._fits, shapes)
 
     def _fits(self, shape: Shape) -> bool:

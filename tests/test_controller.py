@@ -118,12 +118,14 @@ def test_brute_force_finds_different_answers_to_these_tables() -> None:
 
 
 def test_a_row_whose_drafts_are_kept_drafts_more_than_one_whose_are_not() -> None:
-    known = record(lambda layer: 0.7)
+    known = record(lambda layer: 0.8)
     lucky, unlucky = RowRecord(), RowRecord()
     for _ in range(20):
         lucky.record(known.curve(4), drafted=6, kept=6)
         unlucky.record(known.curve(4), drafted=6, kept=0)
-    chosen = controller(costs(dear_steps), known).choose([DraftingRow(8, lucky), DraftingRow(8, unlucky)])
+    chosen = controller(costs(linear_with_gain), known).choose(
+        [DraftingRow(8, lucky), DraftingRow(8, unlucky)]
+    )
     assert chosen.draft_lengths[0] > chosen.draft_lengths[1]
 
 
@@ -161,7 +163,7 @@ def linear_with_gain(layers: int, num_rows: int, tokens: int) -> float:
     return layers * (1.0 + 0.2 * tokens)
 
 
-def share_drafting(under_test: Controller, *, kept_rate: float, num_steps: int = 5000) -> float:
+def share_drafting(under_test: Controller, *, kept_rate: float, num_steps: int = 9000) -> float:
     """Share of the last thousand steps that drafted, each draft kept at this rate whoever made it."""
     rng = np.random.default_rng(1)
     drafting = []
@@ -195,9 +197,13 @@ def test_costs_follow_a_machine_that_slows_down() -> None:
     for _ in range(200):
         draft_s = 3 * (0.5 + 4 * 1.002) * 2
         step_costs.observe(4, [2], draft_s=draft_s, verify_s=3 * _verify(flat, 4, 1, 3))
-    # Steps of three tokens took three times as long; plain ones, not seen since, are taken to do so too.
-    assert step_costs.plain_s(1) > 1.5 * before
-    assert float(step_costs.verify_s(4, 1, np.array(3))) == pytest.approx(3 * _verify(flat, 4, 1, 3), rel=0.1)
+    # Steps of three tokens took three times as long from the first on: that was their own cost, wrongly measured.
+    assert step_costs.plain_s(1) < 1.2 * before
+    for _ in range(200):
+        step_costs.observe(4, [2], draft_s=2 * draft_s, verify_s=6 * _verify(flat, 4, 1, 3))
+    # Now what was well known takes twice as long: so does the machine, plain steps included.
+    assert step_costs.plain_s(1) > 1.3 * before
+    assert float(step_costs.verify_s(4, 1, np.array(3))) == pytest.approx(6 * _verify(flat, 4, 1, 3), rel=0.1)
 
 
 def test_one_step_that_was_held_up_changes_little() -> None:
@@ -218,7 +224,7 @@ def test_fitted_costs_agree_with_what_was_measured(seconds: Seconds) -> None:
             _verify(seconds, layer, num_rows, 1 + length),
         )
         for num_rows in ROWS[:6]
-        for layer, length in [(4, 0), (4, 1), (4, 2), (4, 4), (8, 1)]
+        for layer, length in [(4, 0), (4, 1), (4, 2), (4, 4)]
     ]
     fitted = StepCosts.fit(measured, num_layers=NUM_LAYERS)
     for step in measured:
@@ -235,7 +241,7 @@ def test_fitted_costs_agree_with_what_was_measured(seconds: Seconds) -> None:
 def test_one_measured_row_is_enough_to_begin_with() -> None:
     fitted = StepCosts.fit([StepTime(1, 3, 0, 0.0, 2.0), StepTime(1, 3, 1, 0.5, 2.2)], num_layers=NUM_LAYERS)
     assert fitted.plain_s(1) == pytest.approx(2.0)
-    assert fitted.plain_s(8) == pytest.approx(16.0)
+    assert fitted.plain_s(8) == pytest.approx(4 * 2.2)
     assert float(fitted.verify_s(3, 1, np.array(2))) == pytest.approx(2.2)
 
 

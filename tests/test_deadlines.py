@@ -112,7 +112,12 @@ def test_connection_that_takes_nothing_is_cut_off_and_counted():
     async def play() -> None:
         cut_off, never = asyncio.Event(), asyncio.Event()
         reasons: list[str] = []
-        edge = Edge(answer, max_body_bytes=1024, slow_reader_timeout_s=0.02, count=reasons.append)
+        edge = Edge(
+            answer,
+            max_body_bytes=1024,
+            slow_reader_timeout_s=0.02,
+            count=lambda reason, _: reasons.append(reason),
+        )
         state = {CONNECTION: Connection(cut_off.set)}
         scope = {"type": "http", "method": "GET", "raw_path": b"/", "headers": [], "state": state}
         await edge(scope, never.wait, lambda _: never.wait())
