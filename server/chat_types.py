@@ -24,7 +24,7 @@ _MESSAGES_SCHEMA: Final = {
         "required": ["role", "content"],
         "properties": {
             "role": {"enum": list(_ROLES)},
-            "name": {"type": "string"},
+            "name": {"type": ["string", "null"]},
             "content": {
                 "anyOf": [
                     {"type": "string"},

@@ -233,15 +233,22 @@ class ErrorAnswers:
         param, message = _describe(first["type"], first["loc"], first["msg"])
         return await self._answer_api_error(request, InvalidRequest(message, param=param))
 
-    async def _answer_http_error(self, _: Request, error: Exception) -> JSONResponse:
+    async def _answer_http_error(self, request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         body = error_body(str(error.detail), kind="invalid_request_error")
-        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+        headers = _allowed_methods(request) if error.status_code == 405 else None
+        return JSONResponse(body, status_code=error.status_code, headers=headers or error.headers)
 
     async def _answer_bug(self, _: Request, __: Exception) -> JSONResponse:
         """Say nothing of the inside; the traceback is in the log, under the request's id."""
         body = error_body("internal error", kind="server_error", code="internal_error")
         return JSONResponse(body, status_code=500)
+
+
+def _allowed_methods(request: Request) -> dict[str, str]:
+    """What may be done with a path, by all its routes: Starlette names the methods of one."""
+    described = request.app.openapi()["paths"].get(request.scope["path"])
+    return {"Allow": ", ".join(map(str.upper, described))} if described else {}
 
 
 def _describe(kind: str, location: Sequence[int | str], message: str) -> tuple[str | None, str]:

@@ -114,13 +114,23 @@ Flag = Annotated[bool, Field(strict=True)]
 TopLogprobs = Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)]
 _Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Penalty = Annotated[_Real, Field(ge=-2, le=2)]
-_Auto = Annotated[Integer | None, BeforeValidator(_none_if_auto)]
-TokenIds = Annotated[
-    list[int],
-    PlainValidator(token_ids),
-    WithJsonSchema({"type": "array", "items": {"type": "integer"}}),
-]
+TOKEN_IDS_SCHEMA: Final = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+TokenIds = Annotated[list[int], PlainValidator(token_ids), WithJsonSchema(TOKEN_IDS_SCHEMA)]
+_SOME_TOKEN_IDS_SCHEMA: Final = {**TOKEN_IDS_SCHEMA, "minItems": 1}
 _STRINGS_SCHEMA: Final = {"type": "array", "items": {"type": "string", "minLength": 1}}
+_LOGIT_BIAS_SCHEMA: Final = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+
+
+def _auto_schema(least: int) -> dict[str, object]:
+    """An integer or "auto"; the greatest depends on the model, see `/server_info`."""
+    return {"anyOf": [{"type": "integer", "minimum": least}, {"const": "auto"}, {"type": "null"}]}
+
+
+_Auto = Annotated[Integer | None, BeforeValidator(_none_if_auto)]
 
 
 class StreamOptions(BaseModel):
@@ -161,12 +171,14 @@ class GenerationParams(BaseModel, ABC):
         Annotated[
             dict[int, float],
             PlainValidator(_logit_bias),
-            WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+            WithJsonSchema(_LOGIT_BIAS_SCHEMA),
         ]
         | None
     ) = None
     bad_words: Annotated[list[str], PlainValidator(_strings), WithJsonSchema(_STRINGS_SCHEMA)] | None = None
-    allowed_token_ids: TokenIds | None = None
+    allowed_token_ids: (
+        Annotated[list[int], PlainValidator(token_ids), WithJsonSchema(_SOME_TOKEN_IDS_SCHEMA)] | None
+    ) = None
     min_tokens: Annotated[Integer, Field(ge=0, le=2**31 - 1)] | None = None
 
     stop: (
@@ -193,8 +205,8 @@ class GenerationParams(BaseModel, ABC):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
 
-    exit_layer: _Auto = None
-    draft_length: _Auto = None
+    exit_layer: Annotated[_Auto, WithJsonSchema(_auto_schema(1))] = None
+    draft_length: Annotated[_Auto, WithJsonSchema(_auto_schema(0))] = None
     drafter: Drafter | None = None
 
     @model_validator(mode="before")

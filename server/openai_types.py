@@ -6,11 +6,20 @@ Knows the forms of a prompt; what completions share with chats stands in `openai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Final, TypedDict
+from typing import Annotated, ClassVar, Final
 
 from pydantic import Field, PlainValidator, WithJsonSchema
+from typing_extensions import TypedDict
 
-from server.openai_params import Flag, GenerationParams, Integer, TopLogprobs, encodable, token_ids
+from server.openai_params import (
+    TOKEN_IDS_SCHEMA,
+    Flag,
+    GenerationParams,
+    Integer,
+    TopLogprobs,
+    encodable,
+    token_ids,
+)
 
 Prompt = str | list[int]
 
@@ -18,8 +27,8 @@ _PROMPT_SCHEMA: Final = {
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}, "minItems": 1},
+        {**TOKEN_IDS_SCHEMA, "minItems": 1},
+        {"type": "array", "items": {**TOKEN_IDS_SCHEMA, "minItems": 1}, "minItems": 1},
     ]
 }
 

@@ -10,10 +10,13 @@ import asyncio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from server.answer_types import ChatAnswer, CompletionAnswer, ModelCard, ModelList
 from server.chat import plan_chat
 from server.chat_types import ChatRequest
 from server.completions import plan_completion
+from server.described import generates, looks, plain_text
 from server.edge import REQUEST_ID
+from server.errors import ModelNotFound
 from server.generation import Generation, GenerationPlan
 from server.json_route import FastJsonRoute
 from server.metrics import CONTENT_TYPE
@@ -33,7 +36,7 @@ router.include_router(tokenize_router)
 _CLIENT_CLOSED_REQUEST = 499
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=generates(CompletionAnswer))
 async def complete(body: CompletionRequest, request: Request, choose: Choose) -> Response:
     """Complete prompts, at once or as a stream."""
     model = choose(body.model)
@@ -41,7 +44,7 @@ async def complete(body: CompletionRequest, request: Request, choose: Choose) ->
     return await _answer(plan, request, model)
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=generates(ChatAnswer))
 async def chat(body: ChatRequest, request: Request, choose: Choose) -> Response:
     """Say what comes next in a conversation, at once or as a stream."""
     model = choose(body.model)
@@ -84,14 +87,14 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=None, responses=looks(ModelList))
 async def list_models(models: Models) -> dict[str, object]:
     """The models requests may name; those that do not serve at the moment are left out."""
     cards = [_model_card(name, model) for model in models.serving for name in model.names]
     return {"object": "list", "data": cards}
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", response_model=None, responses=looks(ModelCard, ModelNotFound))
 async def show_model(name: str, choose: Choose) -> dict[str, object]:
     """One model."""
     return _model_card(name, choose(name))
@@ -109,7 +112,7 @@ def _model_card(name: str, model: ServedModel) -> dict[str, object]:
     }
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses=plain_text())
 async def metrics(models: Models) -> Response:
     """Everything Prometheus scrapes."""
     return Response(models.exposition(), headers={"Content-Type": CONTENT_TYPE})

@@ -12,7 +12,9 @@ import msgspec
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 
+from server.described import is_healthy, looks, refused
 from server.engine_client import WorkerState
+from server.errors import InvalidRequest, ModelNotFound, Unauthorized
 from server.limits import or_auto
 from server.request_scope import Choose, Models
 from server.served_model import ServedModel
@@ -21,7 +23,7 @@ from server.served_models import ServedModels
 router = APIRouter()
 
 
-@router.get("/server_info")
+@router.get("/server_info", responses=looks(dict[str, object], InvalidRequest, ModelNotFound))
 async def server_info(
     models: Models, choose: Choose, model: Annotated[str | None, Query(max_length=1024)] = None
 ) -> dict[str, object]:
@@ -70,10 +72,10 @@ def _model_info(model: ServedModel) -> dict[str, object]:
     }
 
 
-@router.get("/health")
-@router.get("/health/ready")
-@router.get("/ping")
-@router.post("/ping")
+@router.get("/health", response_model=None, responses=is_healthy())
+@router.get("/health/ready", response_model=None, responses=is_healthy())
+@router.get("/ping", response_model=None, responses=is_healthy())
+@router.post("/ping", response_model=None, responses=is_healthy())
 async def health(models: Models) -> JSONResponse:
     """200 while any model is served, else 503; either way it says how each of them is."""
     states = models.states.values()
@@ -92,14 +94,14 @@ def _unready(status: str, models: ServedModels, **progress: str | float) -> JSON
     return JSONResponse(answer, status_code=503, headers={"Retry-After": "1"})
 
 
-@router.get("/health/live")
+@router.get("/health/live", response_model=None, responses=is_healthy())
 async def live(models: Models) -> JSONResponse:
     """200 while a restart would not help: loading counts as alive, dead workers only while others live."""
     is_dead = set(models.states.values()) == {WorkerState.DEAD}
     return JSONResponse({"status": "dead" if is_dead else "live"}, status_code=503 if is_dead else 200)
 
 
-@router.get("/version")
+@router.get("/version", responses=refused(Unauthorized))
 async def show_version() -> dict[str, str]:
     """The server's version."""
     return {"version": _version()}

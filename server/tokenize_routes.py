@@ -10,8 +10,10 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
+from server.answer_types import DetokenizeAnswer, TokenizeAnswer
 from server.chat_template import render_messages
 from server.chat_types import Messages, check_turn
+from server.described import works
 from server.errors import InvalidRequest
 from server.json_route import FastJsonRoute
 from server.openai_params import Flag, TokenIds, encodable, refuse_unsupported
@@ -67,7 +69,7 @@ class DetokenizeRequest(BaseModel):
     tokens: TokenIds
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", response_model=None, responses=works(TokenizeAnswer))
 async def tokenize(body: TokenizeRequest, choose: Choose) -> JsonObject:
     """Ids of a text, or of the prompt that a conversation makes."""
     model = choose(body.model)
@@ -81,7 +83,7 @@ async def tokenize(body: TokenizeRequest, choose: Choose) -> JsonObject:
     }
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", response_model=None, responses=works(DetokenizeAnswer))
 async def detokenize(body: DetokenizeRequest, choose: Choose) -> JsonObject:
     """The text of ids, special tokens included."""
     model = choose(body.model)

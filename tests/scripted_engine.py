@@ -49,6 +49,8 @@ def load(settings: EngineSettings, progress: Callable[[str, float], None]) -> Sc
         raise RuntimeError("a bug while loading")
     if script == "slow":
         time.sleep(60)
+    while script == "held" and not Path(settings.model, "released").exists():
+        time.sleep(0.01)
     return ScriptedEngine(settings)
 
 

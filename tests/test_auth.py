@@ -48,6 +48,14 @@ def routes(server: Server) -> list[tuple[str, str]]:
     return [(method.upper(), path) for path, methods in described.items() for method in methods]
 
 
+def guarded_routes(server: Server) -> list[tuple[str, str]]:
+    """All that the document describes but what is open, the document itself, and what is not there."""
+    known = [
+        (method, path.replace("{name}", "x")) for method, path in routes(server) if path not in OPEN_PATHS
+    ]
+    return [*known, ("GET", "/openapi.json"), ("GET", "/nowhere"), ("GET", "/health/x")]
+
+
 def ask(server: Server, method: str, path: str, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     try:
@@ -62,22 +70,14 @@ def ask(server: Server, method: str, path: str, headers: dict[str, str]) -> tupl
 
 
 def test_every_route_but_health_needs_a_key(guarded):
-    known = routes(guarded)
-    assert ("POST", "/v1/completions") in known
-    assert ("GET", "/metrics") in known
-    for method, path in [
-        *known,
-        ("GET", "/"),
-        ("GET", "/openapi.json"),
-        ("GET", "/nowhere"),
-        ("GET", "/health/x"),
-    ]:
-        status, headers = ask(guarded, method, path.replace("{name}", "x"), {"Content-Length": "0"})
+    assert {("POST", "/v1/completions"), ("GET", "/metrics")} <= set(guarded_routes(guarded))
+    for method, path in guarded_routes(guarded):
+        status, headers = ask(guarded, method, path, {"Content-Length": "0"})
+        assert status == 401, path
+        assert headers["www-authenticate"] == "Bearer"
+    for method, path in [("GET", "/"), *routes(guarded)]:
         if path in OPEN_PATHS:
-            assert status == 200, path
-        else:
-            assert status == 401, path
-            assert headers["www-authenticate"] == "Bearer"
+            assert ask(guarded, method, path, {"Content-Length": "0"})[0] == 200, path
 
 
 def test_refusal_is_openais_error_and_is_counted(guarded):
@@ -124,8 +124,25 @@ def test_what_is_not_exactly_a_bearer_key_is_refused(guarded, authorization):
 
 @pytest.mark.parametrize("host", HOSTILE_HOSTS)
 def test_no_host_header_opens_a_route(guarded, host):
-    for path in ("/v1/models", "/metrics", "/server_info"):
-        assert ask(guarded, "GET", path, {"Host": host})[0] in {400, 401}
+    for method, path in guarded_routes(guarded):
+        status, _ = ask(guarded, method, path, {"Host": host, "Content-Length": "0"})
+        assert status == 401, (method, path)
+
+
+def test_no_other_path_is_open_than_health_and_the_page(guarded):
+    """Whatever routes may come: the gate knows what is open, and all else is not."""
+    assert {"/", "/health", "/health/live", "/health/ready", "/ping"} == OPEN_PATHS
+    for path in OPEN_PATHS - {"/"}:
+        for variant in (
+            f"/{path}",
+            f"{path}/",
+            f"{path}/x",
+            path.upper(),
+            f"{path}%2f",
+            f"{path};x",
+            f"/v1/..{path}",
+        ):
+            assert ask(guarded, "GET", variant, {})[0] == 401, variant
 
 
 def test_keys_are_in_no_log_answer_or_process_listing(guarded):

@@ -1,0 +1,180 @@
+"""What answers look like, for the document at `/openapi.json`.
+
+Knows shapes of JSON; knows nothing of how answers are made, or of what a request may hold.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict
+
+from server.openai_types import AnswerMetrics, Usage
+
+Ending = Literal["stop", "length"]
+
+
+class ErrorObject(TypedDict):
+    """Why a request is not served; `param` names the field at fault, when one is."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(TypedDict):
+    """Every refusal's body."""
+
+    error: ErrorObject
+
+
+class CompletionLogprobs(TypedDict):
+    """Four lists side by side, one entry for each token."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class RankedLogprob(TypedDict):
+    """How probable a token was at a position of the prompt; rank 1 is the most probable."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+class TracedCycle(TypedDict):
+    """What a cycle drafted, and how many of its drafts were kept."""
+
+    drafted_ids: list[int]
+    drafted_tokens: list[str]
+    kept: int
+    exit_layer: int
+    drafter: str
+
+
+class CompletionChoice(TypedDict):
+    """One continuation of one prompt; what stands there only on request may be missing."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Ending
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, RankedLogprob] | None]]
+    draft_trace: NotRequired[list[TracedCycle]]
+
+
+class CompletionAnswer(TypedDict):
+    """A complete answer of `POST /v1/completions`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    metrics: AnswerMetrics
+    system_fingerprint: None
+
+
+class ChatToken(TypedDict):
+    """A token, how probable it was, and its UTF-8."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ScoredChatToken(ChatToken):
+    """A token of the answer beside the most probable ones."""
+
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(TypedDict):
+    """One entry for each token of the answer."""
+
+    content: list[ScoredChatToken]
+
+
+class AssistantMessage(TypedDict):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(TypedDict):
+    """One answer to a conversation; what stands there only on request may be missing."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Ending
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    draft_trace: NotRequired[list[TracedCycle]]
+
+
+class ChatAnswer(TypedDict):
+    """A complete answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    metrics: AnswerMetrics
+    system_fingerprint: None
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[list[dict[str, RankedLogprob] | None]]
+
+
+class ModelCard(TypedDict):
+    """One name that requests may use."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(TypedDict):
+    """All such names."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeAnswer(TypedDict):
+    """Ids of a text, and how many fit."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeAnswer(TypedDict):
+    """The text of ids."""
+
+    prompt: str
+
+
+class HealthAnswer(TypedDict):
+    """How the server is, and each of its models; while it loads, how far it is."""
+
+    status: str
+    models: NotRequired[dict[str, str]]
+    stage: NotRequired[str]
+    fraction: NotRequired[float]
