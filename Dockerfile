@@ -21,6 +21,8 @@ RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
 COPY README.md LICENSE ./
 COPY config config
 COPY decoding decoding
+COPY training training
+COPY benchmarks benchmarks
 COPY server server
 RUN pip install --no-deps .
 

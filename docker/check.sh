@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Proves the monitoring configuration against a running server with the real prometheus and promtool:
-# the configuration is valid, the server is scraped, and every query of the dashboard returns series.
+# the configuration is valid, alerts fire when they should, the server is scraped, and every query of the dashboard
+# returns series.
 #   docker/check.sh [SERVER_URL]        default http://127.0.0.1:8000
 #   API_KEY_FILE=FILE docker/check.sh   for a server that needs a key
+#   WATCH_S=120 docker/check.sh         scrapes for that long; default 5
+#   PLOT=FILE.png docker/check.sh       and draws the dashboard; PYTHON is one with matplotlib
 set -euo pipefail
 key_file=$(realpath "${API_KEY_FILE:-$(dirname "$0")/prometheus/api_key}")
+plot=$(realpath "${PLOT:-/dev/null}")
 cd "$(dirname "$0")"
 
 target=${1:-http://127.0.0.1:8000}
@@ -19,11 +23,13 @@ for tool in promtool prometheus; do
     exit 2
 done
 promtool check config prometheus/prometheus.yml
+promtool test rules prometheus/alerts_test.yml
 
 pid=
 work=$(mktemp -d)
 trap 'kill "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true; rm -rf "$work"' EXIT
 cp "$key_file" "$work/api_key"
+cp prometheus/alerts.yml "$work"
 # The shipped configuration with this server for a target, and fast enough for rates within seconds.
 sed -e "s/server:8000/$target/" -e 's/scrape_interval: .*/scrape_interval: 1s/' \
     -e 's/scrape_timeout: .*/scrape_timeout: 1s/' prometheus/prometheus.yml >"$work/prometheus.yml"
@@ -42,7 +48,8 @@ for _ in $(seq 30); do
 done
 [ -n "$up" ] || { echo "prometheus could not scrape http://$target/metrics" >&2; exit 1; }
 echo "$up"
-sleep 5 # Rates need several scrapes.
+watch_s=${WATCH_S:-5} # Rates need several scrapes.
+sleep "$watch_s"
 
 # One line a query: the panel's title, a tab, and the expression with Grafana's variables filled in.
 python3 - grafana/dashboards/layerskip.json >"$work/queries" <<'PYTHON'
@@ -64,5 +71,8 @@ while IFS=$'\t' read -r title expression; do
     [ -n "$result" ] || { echo "NO SERIES: $expression"; failures=$((failures + 1)); continue; }
     echo "$result"
 done <"$work/queries"
+echo "== Alerts"
+query 'ALERTS{alertstate="firing"}'
+[ -z "${PLOT:-}" ] || "${PYTHON:-python3}" plot_dashboard.py "$prometheus" "$plot" --seconds "$watch_s"
 echo "$(wc -l <"$work/queries") queries, $failures without series"
 [ "$failures" -eq 0 ]

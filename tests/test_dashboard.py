@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks only for what the server emits, and Grafana can load it."""
+"""The Grafana dashboard and the alerts ask only for what the server emits, and Grafana can load the dashboard."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ GRAFANA = Path(__file__).parents[1] / "docker" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "dashboards" / "layerskip.json").read_text(encoding="utf-8"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 TARGETS = [target for panel in PANELS for target in panel["targets"]]
+ALERTS = [
+    rule
+    for group in yaml.safe_load((GRAFANA.parent / "prometheus" / "alerts.yml").read_text(encoding="utf-8"))[
+        "groups"
+    ]
+    for rule in group["rules"]
+]
 EXPRESSIONS = [target["expr"] for target in TARGETS]
 
 # Strings, comments and bracketed durations are one token each, so that no word in them counts as a name.
@@ -121,6 +128,12 @@ def test_every_query_names_series_that_the_server_emits(samples):
     assert all(read_query(expression).series for expression in EXPRESSIONS)
     missing = {expression: missing_series(expression, samples) for expression in EXPRESSIONS}
     assert {expression: names for expression, names in missing.items() if names} == {}
+
+
+def test_every_alert_names_series_that_the_server_emits(samples):
+    """`up` is Prometheus's own."""
+    missing = {rule["alert"]: missing_series(rule["expr"], samples) - {"up"} for rule in ALERTS}
+    assert {alert: names for alert, names in missing.items() if names} == {}
 
 
 def test_a_made_up_series_is_found_missing(samples):

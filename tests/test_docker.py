@@ -212,3 +212,21 @@ def test_promtool_accepts_every_query_of_the_dashboard(tmp_path):
     command = ["promtool", "check", "rules", str(tmp_path / "rules.yml")]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_alerts_fire_when_they_should_and_not_otherwise():
+    command = ["promtool", "test", "rules", str(DOCKER / "prometheus/alerts_test.yml")]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_alert_has_a_summary_a_remedy_and_a_case_that_fires():
+    rules = yaml.safe_load((DOCKER / "prometheus/alerts.yml").read_text())["groups"][0]["rules"]
+    names = [rule["alert"] for rule in rules]
+    assert len(names) == len(set(names))
+    cases = (DOCKER / "prometheus/alerts_test.yml").read_text()
+    assert set(re.findall(r'alertname="(\w+)", alertstate="firing"', cases)) == set(names)
+    for rule in rules:
+        assert rule["annotations"].keys() == {"summary", "remedy"}
+        assert rule["labels"]["severity"] in {"critical", "warning"}
