@@ -28,7 +28,7 @@ from config.setting_types import COMMA_LIST, ApiKey, Loader, LogFormat, LogLevel
 
 ENV_PREFIX: Final = "LAYERSKIP_"
 DEFAULT_MEMORY_FRACTION: Final = 0.9
-BUNDLED_CHECKPOINT: Final = Path(__file__).parent / "checkpoints" / "python-tiny-13m"
+BUNDLED_CHECKPOINT: Final = Path(__file__).parent / "checkpoints" / "python-8m"
 
 
 class Dtype(StrEnum):

@@ -31,7 +31,7 @@ def speculation(answer):
 
 def test_openai_client_completes_with_chosen_exit_layer_and_draft_length(client):
     answer = client.completions.create(
-        model="python-tiny-13m",
+        model="python-8m",
         prompt=PROMPT,
         max_tokens=48,
         temperature=0,
@@ -47,7 +47,7 @@ def test_openai_client_completes_with_chosen_exit_layer_and_draft_length(client)
 
 
 def test_openai_client_streams_the_text_it_gets_at_once(client):
-    options = {"model": "python-tiny-13m", "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
+    options = {"model": "python-8m", "prompt": PROMPT, "max_tokens": 48, "temperature": 0}
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     *parts, last = chunks
     whole = client.completions.create(**options)
@@ -143,7 +143,7 @@ def test_chunks_arrive_one_by_one(server):
 
 
 def test_prompt_that_just_fits_is_served_to_the_last_position(server):
-    ids = [100] * 2047
+    ids = [100] * 1023
     answer = server.complete(prompt=ids, temperature=0)
     assert answer["usage"]["completion_tokens"] == 1
     assert answer["choices"][0]["finish_reason"] == "length"
@@ -206,7 +206,7 @@ def test_client_that_leaves_frees_its_blocks(server, stream):
 
 def leave_midway(server: Server, stream: bool, leave: threading.Event) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    body = json.dumps(GREEDY | {"max_tokens": 2000, "stream": stream})
+    body = json.dumps(GREEDY | {"max_tokens": 900, "stream": stream})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     leave.wait(30)
     connection.close()
@@ -214,13 +214,13 @@ def leave_midway(server: Server, stream: bool, leave: threading.Event) -> None:
 
 def test_models_and_server_info_tell_what_requests_need(client, server):
     (model,) = client.models.list().data
-    assert (model.id, model.max_model_len) == ("python-tiny-13m", 2048)
-    assert client.models.retrieve("python-tiny-13m").id == model.id
+    assert (model.id, model.max_model_len) == ("python-8m", 1024)
+    assert client.models.retrieve("python-8m").id == model.id
     info = server.get("/server_info").json
     assert info["allowed_exit_layers"] == list(range(1, 16))
     assert info["num_layers"] == 16
     assert info["dtype"] == "float32"
-    assert info["limits"]["max_model_len"] == 2048
-    assert info["kv_cache"]["num_tokens"] >= 2048
+    assert info["limits"]["max_model_len"] == 1024
+    assert info["kv_cache"]["num_tokens"] >= 1024
     assert server.get("/version").json["version"]
     assert server.get("/health").json["status"] == "ready"

@@ -39,7 +39,7 @@ BAD_BODIES = [
     (b'{"prompt": "a", "min_tokens": 17}', "min_tokens"),
     (b'{"prompt": "a", "max_tokens": 4, "min_tokens": 5}', "min_tokens"),
     (b'{"prompt": "a", "truncate_prompt_tokens": 0}', "truncate_prompt_tokens"),
-    (b'{"prompt": "a", "truncate_prompt_tokens": 2049}', "truncate_prompt_tokens"),
+    (b'{"prompt": "a", "truncate_prompt_tokens": 1025}', "truncate_prompt_tokens"),
     (b'{"prompt": "a", "prompt_logprobs": 1, "stream": true}', "prompt_logprobs"),
     (b'{"prompt": "a", "best_of": 2}', "best_of"),
     (b'{"prompt": "a", "suffix": "b"}', "suffix"),
@@ -69,9 +69,9 @@ def test_bad_input_is_a_400_that_names_the_parameter(server, body, param):
 
 
 def test_limits_stand_in_the_message(server):
-    assert "2047" in server.post({"prompt": "a b " * 3000}).error["message"]
+    assert "1023" in server.post({"prompt": "a b " * 3000}).error["message"]
     assert server.post({"prompt": "a b " * 3000}).error["code"] == "context_length_exceeded"
-    assert "at most 2047" in server.post({"prompt": "a", "max_tokens": 2048}).error["message"]
+    assert "at most 1023" in server.post({"prompt": "a", "max_tokens": 1024}).error["message"]
     assert "1, 2, 3" in server.post({"prompt": "a", "exit_layer": 99}).error["message"]
 
 

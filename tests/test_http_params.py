@@ -56,8 +56,9 @@ def test_stop_string_within_min_tokens_is_text_like_any_other(scripted):
 
 def test_edits_reach_the_engine(server):
     plain = choice(server, **GREEDY, return_token_ids=True)
-    word = TOKENIZER.decode(plain["token_ids"][3:4]).strip() or "x"
-    assert word not in choice(server, **GREEDY, bad_words=[word])["text"]
+    bad = max(plain["token_ids"], key=lambda token_id: len(TOKENIZER.decode([token_id]).strip()))
+    word = TOKENIZER.decode([bad]).strip()
+    assert bad not in choice(server, **GREEDY, bad_words=[word], return_token_ids=True)["token_ids"]
     few = choice(server, **GREEDY, allowed_token_ids=[50, 60], return_token_ids=True)
     assert set(few["token_ids"]) <= {50, 60}
     for name, value in (("frequency_penalty", 2), ("presence_penalty", 2), ("repetition_penalty", 5)):

@@ -113,8 +113,8 @@ def test_stream_tells_what_the_page_shows_of_it(server: Server):
         max_tokens=24,
         temperature=0,
         seed=1,
-        exit_layer=4,
-        draft_length=3,
+        exit_layer=2,
+        draft_length=5,
         return_draft_trace=True,
         stream_options={"include_usage": True, "continuous_usage_stats": True},
     )

@@ -14,13 +14,9 @@ def test_bundled_checkpoint_has_a_profile():
     assert profile.exit_layer >= 1
 
 
-@pytest.mark.parametrize(
-    "model", ["python-tiny-13m", "someone/Python-Tiny-13M", "/checkpoints/python-tiny-13m/"]
-)
+@pytest.mark.parametrize("model", ["python-8m", "someone/Python-8M", "/checkpoints/python-8m/"])
 def test_profile_is_found_by_folder_and_hub_id(model):
-    assert find_profile(model) is find_profile(model) or find_profile(model) == find_profile(
-        "python-tiny-13m"
-    )
+    assert find_profile(model) is find_profile(model) or find_profile(model) == find_profile("python-8m")
     assert find_profile(model) is not None
 
 

@@ -54,7 +54,7 @@ def test_default_model_is_the_bundled_checkpoint():
     settings = Settings.load({})
     assert settings.model == str(BUNDLED_CHECKPOINT)
     assert (BUNDLED_CHECKPOINT / "model.safetensors").is_file()
-    assert settings.model_name == "python-tiny-13m"
+    assert settings.model_name == "python-8m"
 
 
 def test_model_name_is_the_folder_or_the_hub_id_or_the_chosen_one(tmp_path):
