@@ -60,6 +60,11 @@ class Choice:
     exit_layer: int
     draft_lengths: tuple[int, ...]
 
+    @property
+    def mean_draft_length(self) -> float:
+        """Drafts a row makes on average, 0 without rows."""
+        return sum(self.draft_lengths) / max(1, len(self.draft_lengths))
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:

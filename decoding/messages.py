@@ -141,7 +141,11 @@ class Decoded(msgspec.Struct, frozen=True):
 
 
 class Load(msgspec.Struct, frozen=True):
-    """How full the worker is after a step; gauges, except the counters named `total`."""
+    """How full the worker is after a step; gauges, except the counters named `total`.
+
+    `chosen_exit_layer` and `chosen_draft_length` (the rows' mean) are the latest choice where rows left it open, 0
+    before the first; `is_drafting_worthwhile` turns false once no draft was found to pay.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -150,6 +154,8 @@ class Load(msgspec.Struct, frozen=True):
     num_preemptions_total: int = 0
     prefix_cache_queried_tokens_total: int = 0
     prefix_cache_hit_tokens_total: int = 0
+    chosen_exit_layer: int = 0
+    chosen_draft_length: float = 0.0
     is_drafting_worthwhile: bool = True
 
 

@@ -124,6 +124,8 @@ class Scheduler:
             num_preemptions_total=self._num_preemptions,
             prefix_cache_queried_tokens_total=self._num_queried_tokens,
             prefix_cache_hit_tokens_total=self._num_hit_tokens,
+            chosen_exit_layer=self._speculator.latest.exit_layer,
+            chosen_draft_length=self._speculator.latest.mean_draft_length,
             is_drafting_worthwhile=self._speculator.pays,
         )
 

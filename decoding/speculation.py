@@ -19,11 +19,15 @@ Extend = Callable[[Stream, int], bool]
 
 
 class Speculator:
-    """Spends what a step has left on drafts. Changes no sequence but for its blocks, by way of `extend`."""
+    """Spends what a step has left on drafts. Changes no sequence but for its blocks, by way of `extend`.
+
+    `latest` is what the chooser chose last.
+    """
 
     def __init__(self, chooser: DraftChooser, *, extend: Extend) -> None:
         self._chooser = chooser
         self._extend = extend
+        self.latest = Choice(exit_layer=0, draft_lengths=())
 
     @property
     def pays(self) -> bool:
@@ -87,7 +91,7 @@ class Speculator:
                 for limit, share in zip(limits, together, strict=True)
             ]
             candidates = [row for row, left_open in zip(rows, is_open, strict=True) if left_open]
-            chosen = self._chooser.choose(candidates or rows, exit_layer=asked)
+            chosen = self.latest = self._chooser.choose(candidates or rows, exit_layer=asked)
         lengths = iter(chosen.draft_lengths if chosen else ())
         return Choice(
             exit_layer=chosen.exit_layer if chosen else asked or 1,

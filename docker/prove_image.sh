@@ -4,13 +4,14 @@
 #   docker/prove_image.sh                  makes a base from this machine's Debian mirror
 #   BASE=IMAGE docker/prove_image.sh       builds on an image that podman has or can pull
 #   WORK=DIR docker/prove_image.sh         keeps images and the pip configuration there for the next run
-# Needs root, and Debian's podman, crun, buildah, catatonit, debootstrap and prometheus.
+# Needs root, and Debian's podman, crun, buildah, catatonit, debootstrap, prometheus and jq.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 image=localhost/layerskip-server:proof
 container=layerskip-proof-$$
-port=${PORT:-18080}
+# The container shares the machine's network, so that it needs no network of its own.
+port=${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 url=http://127.0.0.1:$port
 # The same flags as in README.md, which has the reasons.
 confined=(--init --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges)
@@ -85,7 +86,7 @@ make_pip_configuration() {
 build() {
     podman build --isolation chroot --network host --format docker "${limits[@]}" "${mounts[@]}" \
         --build-arg "BASE=$BASE" --tag "$image" . >"$work/build.log" 2>&1 || { tail -n 30 "$work/build.log" >&2; exit 1; }
-    fact "the Dockerfile builds: $(grep -c ' STEP ' "$work/build.log") steps on $BASE," \
+    fact "the Dockerfile builds: $(grep --text ' STEP ' "$work/build.log" | sort -u | wc -l) steps on $BASE," \
         "$(podman image inspect --format '{{.Size}}' "$image" | numfmt --to=si)B"
 }
 

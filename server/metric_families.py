@@ -110,6 +110,16 @@ class Families:
             "vllm:prefix_cache_hits", "Prompt tokens found.", load.prefix_cache_hit_tokens_total
         )
         yield self.gauge(
+            "layerskip_chosen_exit_layer",
+            "Exit layer chosen last where a request left it open.",
+            load.chosen_exit_layer,
+        )
+        yield self.gauge(
+            "layerskip_chosen_draft_length",
+            "Draft length chosen last where a request left it open, mean of the rows.",
+            load.chosen_draft_length,
+        )
+        yield self.gauge(
             "layerskip_drafting_worthwhile",
             "0 once no draft of this checkpoint was found to pay.",
             load.is_drafting_worthwhile,

@@ -16,6 +16,7 @@ from tests.scripted_engine import scripted_ready
 GAUGES = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
 GAUGES |= {"vllm:cache_config_info", "layerskip_worker_up", "layerskip_heartbeat_age_seconds"}
 GAUGES |= {"layerskip_kv_blocks", "layerskip_acceptance_rate", "layerskip_drafting_worthwhile"}
+GAUGES |= {"layerskip_chosen_exit_layer", "layerskip_chosen_draft_length"}
 COUNTERS = {
     f"vllm:{name}"
     for name in (
