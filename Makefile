@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PORT   :=
 MODEL  :=
 
-.PHONY: setup serve test lint bench mutants clean
+.PHONY: setup serve test exhaustive lint bench mutants clean
 
 setup: $(VENV)/.installed
 
@@ -24,7 +24,10 @@ serve: setup
 	exec $(BIN)/layerskip serve $${model:+"$$model"} $(if $(PORT),--port $(PORT))
 
 test: setup
-	$(BIN)/pytest -q -m 'not gpu'
+	$(BIN)/pytest -q -m 'not gpu and not exhaustive'
+
+exhaustive: setup
+	$(BIN)/pytest -q -m exhaustive
 
 lint: setup
 	$(BIN)/ruff check .

@@ -122,7 +122,7 @@ def test_alone_every_request_is_answered_as_without_drafts(known, plain, exact, 
     check_alone(exact, known, plain, DRAFTING[label], stream)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("label", DRAFTING)
 def test_alone_by_every_drafter_every_request_is_answered_as_without_drafts(
@@ -158,7 +158,7 @@ def test_in_a_mixed_batch_every_request_is_answered_as_alone_and_without_drafts(
     check_mixed(exact, known, plain, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(1, 7))
 def test_so_it_is_in_many_mixed_batches_of_other_texts(tiny, exact, seed):

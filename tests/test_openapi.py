@@ -74,7 +74,7 @@ def test_server_does_what_its_document_says(bounded: Server, tmp_path: Path) -> 
     check_unharmed(bounded)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [2, 3, 4])
 def test_server_does_what_its_document_says_at_length(bounded: Server, tmp_path: Path, seed: int) -> None:
