@@ -114,6 +114,20 @@ MUTANTS = (
         "max_tokens = len(known) if",
         f"{EXACTNESS}::test_a_cached_prompt_still_computes_its_last_token",
     ),
+    Mutant(
+        "the controller weighs all tokens of a step, not only its drafts",
+        "decoding/controller.py",
+        "rates_M = (batch.num_rows + ",
+        "rates_M = (0 * batch.num_rows + ",
+        "tests/test_controller.py::test_its_choice_equals_brute_force",
+    ),
+    Mutant(
+        "a request is answered by the model it names",
+        "server/served_models.py",
+        "else self._by_name.get(name)",
+        "else self._by_name.get(name) and self.first",
+        "tests/test_several_models.py::test_metrics_tell_the_models_apart",
+    ),
 )
 
 
