@@ -50,6 +50,11 @@ class Series:
         return next((value for value in reversed(self.values) if not math.isnan(value)), math.nan)
 
 
+def reading_order(series: Series) -> list[str]:
+    """Labels by their words, position 10 after position 9."""
+    return [word.zfill(4) if word.isdigit() else word for word in re.findall(r"\d+|\D+", series.label)]
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """The time shown, and what Grafana would fill in for its variables."""
@@ -72,7 +77,7 @@ class Range:
         # A proxy for the world outside must not be asked for a Prometheus beside us.
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=30) as answer:
             results = json.load(answer)["data"]["result"]
-        return [self._series(result, target["legendFormat"]) for result in results]
+        return sorted((self._series(result, target["legendFormat"]) for result in results), key=reading_order)
 
     def _fill_in(self, expression: str) -> str:
         span = f"{round(self.end_s - self.start_s)}s"
@@ -130,6 +135,7 @@ def draw_bars(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
 def draw_lines(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
     """All series over time, stacked where the panel says so."""
     defaults = panel["fieldConfig"]["defaults"]
+    axes.set_prop_cycle(color=plt.get_cmap("tab10" if len(series) <= 10 else "tab20").colors)
     if "stacking" in defaults["custom"] and series:
         axes.stackplot(
             series[0].times, *(each.values for each in series), labels=[each.label for each in series]
@@ -138,20 +144,30 @@ def draw_lines(axes: Axes, panel: Panel, series: Sequence[Series]) -> None:
         for each in series:
             axes.plot(each.times, each.values, label=each.label, linewidth=1.3)
     axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max"))
+    if defaults.get("max") == 1 and defaults.get("unit") == "none":
+        axes.set_yticks([0, 1])
     axes.yaxis.set_major_formatter(formatter(panel))
     axes.xaxis.set_major_formatter(EngFormatter("s", sep=""))
     axes.tick_params(labelsize=7)
     axes.grid(alpha=0.3)
     if series:
-        rows = 15
+        place_legend(axes, panel, num_series=len(series))
+
+
+def place_legend(axes: Axes, panel: Panel, *, num_series: int) -> None:
+    """Beside the lines where the panel has room set apart for it, else above them, beside the title."""
+    style = {"fontsize": 7, "frameon": False, "labelspacing": 0.25, "handlelength": 1.2}
+    if has_legend_beside(panel):
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.03), **style)
+    else:
         axes.legend(
-            loc="upper left",
-            bbox_to_anchor=(1.0, 1.03),
-            fontsize=7 if len(series) <= rows else 5.5,
-            frameon=False,
-            labelspacing=0.25,
-            handlelength=1.2,
+            loc="lower right", bbox_to_anchor=(1.03, 0.97), ncols=num_series, columnspacing=1, **style
         )
+
+
+def has_legend_beside(panel: Panel) -> bool:
+    """Whether the legend stands to the right of the lines."""
+    return panel["type"] == "timeseries" and panel["options"]["legend"]["placement"] == "right"
 
 
 DRAW: Final[Mapping[str, Callable[[Axes, Panel, Sequence[Series]], None]]] = {
@@ -188,7 +204,7 @@ class Canvas:
         if panel["type"] == "stat":
             return self._box(left, bottom, width, height - TITLE_HEIGHT)
         names = 1.4 if panel["type"] == "bargauge" else TICKS_WIDTH
-        legend = LEGEND_WIDTH if panel["type"] == "timeseries" else 0.15
+        legend = LEGEND_WIDTH if has_legend_beside(panel) else 0.15
         inner = self._box(
             left + names, bottom + TICKS_HEIGHT, width - names - legend, height - TICKS_HEIGHT - TITLE_HEIGHT
         )
