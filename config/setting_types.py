@@ -20,6 +20,13 @@ class Loader(StrEnum):
     ACCELERATE = "accelerate"
 
 
+class ExitPolicy(StrEnum):
+    """What rows of one step do that ask for different exit layers."""
+
+    EXACT = "exact"
+    PROMOTE = "promote"
+
+
 class LogLevel(StrEnum):
     """The least severe log line that is written."""
 

@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 from config.errors import SettingsError
-from config.setting_types import COMMA_LIST, ApiKey, Loader, LogFormat, LogLevel, ModelNames, Origin
+from config.setting_types import COMMA_LIST, ApiKey, ExitPolicy, Loader, LogFormat, LogLevel, ModelNames, Origin
 
 ENV_PREFIX: Final = "LAYERSKIP_"
 DEFAULT_MEMORY_FRACTION: Final = 0.9
@@ -74,6 +74,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     )
     draft_length: int | None = Field(
         default=None, ge=0, description="Draft length of requests that name none; unset: from the profile."
+    )
+    mixed_exit_layers: ExitPolicy = Field(
+        default=ExitPolicy.EXACT,
+        description="When requests of one step ask for different exit layers: exact, each drafts at its own; "
+        "promote, all draft at the most promising of those.",
     )
     max_draft_length: int = Field(default=16, ge=0, le=64, description="Longest draft a request may ask for.")
     num_threads: int | None = Field(

@@ -45,6 +45,10 @@ _MARGIN: Final = 1.01
 """Drafting must promise so much more than plain decoding: its costs are less certain."""
 
 
+ExitLayers = tuple[int, ...]
+"""Sorted; where it says which may be chosen, none means any."""
+
+
 @dataclass(frozen=True, slots=True)
 class DraftingRow:
     """A row that may draft up to `limit` ≥ 1 tokens, and how its drafts fared."""
@@ -79,8 +83,8 @@ class StepOutcome:
 class DraftChooser(Protocol):
     """Who chooses what requests leave open."""
 
-    def choose(self, rows: Sequence[DraftingRow], *, exit_layer: int | None = None) -> Choice:
-        """Exit layer and draft lengths of rows that draft together, at `exit_layer` if that is asked for."""
+    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
+        """Exit layer, one of these, and draft lengths of rows that draft together."""
 
     def lookup_length(self, num_rows: int, limit: int) -> int:
         """How many looked-up drafts to verify in a step of so many rows."""
@@ -109,10 +113,10 @@ class FixedChoice:
         self.exit_layer = exit_layer
         self._draft_length = draft_length
 
-    def choose(self, rows: Sequence[DraftingRow], *, exit_layer: int | None = None) -> Choice:
-        """The one choice, as far as each row may draft."""
+    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
+        """The one choice, as far as each row may draft; of several exit layers the deepest, which drafts best."""
         lengths = tuple(min(self._draft_length, row.limit) for row in rows)
-        return Choice(self.exit_layer if exit_layer is None else exit_layer, lengths)
+        return Choice(among[-1] if among else self.exit_layer, lengths)
 
     def lookup_length(self, num_rows: int, limit: int) -> int:
         """The one draft length."""
@@ -198,7 +202,7 @@ class Controller:
         self._record = record
         self._exit_layers = tuple(exit_layers)
         self._max_draft_length = max_draft_length
-        self._standing: dict[int | None, _Standing] = {}
+        self._standing: dict[ExitLayers, _Standing] = {}
         self._lookups = RowRecord()
         self._num_steps = 0
         self._probe_steps = _SOON_STEPS
@@ -209,7 +213,7 @@ class Controller:
         self.exit_layer = first_exit_layer
         self.pays = True
 
-    def choose(self, rows: Sequence[DraftingRow], *, exit_layer: int | None = None) -> Choice:
+    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
         """What promises most tokens a second; now and then something else, to learn whether it would."""
         self._num_steps += 1
         advantages = [row.record.advantage for row in rows]
@@ -219,11 +223,11 @@ class Controller:
             _Kind(min(advantage, usual), min(row.limit, self._max_draft_length))
             for advantage, row in zip(advantages, rows, strict=True)
         ]
-        standing = self._standing.get(exit_layer)
+        standing = self._standing.get(among)
         if standing is None or standing.num_rows != len(rows) or standing.steps_left <= 0:
-            standing = self._standing[exit_layer] = self._decide(_Batch.of(kinds), exit_layer)
+            standing = self._standing[among] = self._decide(_Batch.of(kinds), among)
         standing.steps_left -= 1
-        if exit_layer is None:
+        if not among:
             self.exit_layer = standing.exit_layer
         curve = self._record.curve(standing.exit_layer).tolist()
         lengths = {kind: _length(kind, curve, standing.least) for kind in set(kinds)}
@@ -252,13 +256,13 @@ class Controller:
             outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
         )
 
-    def _decide(self, batch: _Batch, asked: int | None) -> _Standing:
-        layers = self._layers_to_weigh() if asked is None else (asked,)
+    def _decide(self, batch: _Batch, among: ExitLayers) -> _Standing:
+        layers = among or self._layers_to_weigh()
         candidates = {layer: self._best_at(layer, batch) for layer in layers}
         best = max(candidates.values(), key=lambda candidate: candidate.rate)
         plain = batch.num_rows / self._costs.plain_s(batch.num_rows)
         drafts = best.rate > _MARGIN * plain
-        if asked is None and batch.num_rows == 1:
+        if not among and batch.num_rows == 1:
             self.pays = drafts or self._num_drafts < _HOPELESS_DRAFTS
         chosen, steps = best, _KEPT_STEPS
         if not drafts:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from config.errors import SettingsError
+from config.setting_types import ExitPolicy
 from config.settings import EngineSettings, default_num_threads
 from decoding.attention import AttentionShape, GatherAttention
 from decoding.blocks import BlockPool
@@ -69,7 +70,8 @@ class Engine:
 
         def scheduler(chooser: DraftChooser) -> Scheduler:
             pool = BlockPool(num_blocks=capacity.num_blocks, block_size=capacity.block_size)
-            limits = StepLimits(settings.max_num_seqs, settings.max_num_batched_tokens)
+            promotes = settings.mixed_exit_layers is ExitPolicy.PROMOTE
+            limits = StepLimits(settings.max_num_seqs, settings.max_num_batched_tokens, promotes)
             return Scheduler(pool, limits, chooser, device=device, clock=clock)
 
         progress("measuring steps", 0.0)

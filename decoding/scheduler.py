@@ -23,10 +23,11 @@ from decoding.speculation import Speculator
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """How much one step may hold: rows, and tokens fed or drafted."""
+    """What one step may hold: rows, tokens fed or drafted, and several exit layers unless it promotes them to one."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    promotes: bool = False
 
 
 class Scheduler:
@@ -46,7 +47,7 @@ class Scheduler:
         clock: Callable[[], float],
     ) -> None:
         self._pool = pool
-        self._speculator = Speculator(chooser, extend=self._extend)
+        self._speculator = Speculator(chooser, extend=self._extend, promotes=limits.promotes)
         self._limits = limits
         self._plans = Plans(device)
         self._clock = clock

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from decoding.controller import Choice, DraftChooser, DraftingRow, StepOutcome
+from decoding.controller import Choice, DraftChooser, DraftingRow, ExitLayers, StepOutcome
 from decoding.messages import Drafter
 from decoding.plan import Result
 from decoding.planning import Share
@@ -21,12 +21,14 @@ Extend = Callable[[Stream, int], bool]
 class Speculator:
     """Spends what a step has left on drafts. Changes no sequence but for its blocks, by way of `extend`.
 
-    `latest` is what the chooser chose last.
+    Rows that ask for different exit layers each draft at their own, unless it `promotes`: then all draft at the one
+    of those asked for that promises most. `latest` is what the chooser chose last.
     """
 
-    def __init__(self, chooser: DraftChooser, *, extend: Extend) -> None:
+    def __init__(self, chooser: DraftChooser, *, extend: Extend, promotes: bool) -> None:
         self._chooser = chooser
         self._extend = extend
+        self._promotes = promotes
         self.latest = Choice(exit_layer=0, draft_lengths=())
 
     @property
@@ -73,28 +75,38 @@ class Speculator:
 
     def _wishes(self, drafting: Sequence[Share]) -> Iterator[Share]:
         """What each row would draft by early exit if there were no end of budget and blocks."""
-        for asked in dict.fromkeys(share.sequence.request.exit_layer for share in drafting):
-            together = [share for share in drafting if share.sequence.request.exit_layer == asked]
-            choice = self._choose(asked, together)
+        for among, together in self._groups(drafting):
+            choice = self._choose(among, together)
             for share, length in zip(together, choice.draft_lengths, strict=True):
                 yield replace(share, exit_layer=choice.exit_layer, draft_length=length)
 
-    def _choose(self, asked: int | None, together: Sequence[Share]) -> Choice:
+    def _groups(self, drafting: Sequence[Share]) -> Iterator[tuple[ExitLayers, Sequence[Share]]]:
+        """Rows that draft at one exit layer, and which layers that may be: none where any may."""
+        if self._promotes and drafting:
+            requests = [share.sequence.request for share in drafting]
+            asked = {request.exit_layer for request in requests if request.draft_length != 0}
+            yield tuple(sorted(layer for layer in asked if layer is not None)), drafting
+            return
+        for layer in dict.fromkeys(share.sequence.request.exit_layer for share in drafting):
+            together = [share for share in drafting if share.sequence.request.exit_layer == layer]
+            yield () if layer is None else (layer,), together
+
+    def _choose(self, among: ExitLayers, together: Sequence[Share]) -> Choice:
         """Draft lengths that requests give stand; the others are chosen together."""
         fixed = [share.sequence.request.draft_length for share in together]
         limits = [share.sequence.num_remaining - 1 for share in together]
         is_open = [length is None for length in fixed]
         chosen: Choice | None = None
-        if asked is None or any(is_open):
+        if len(among) != 1 or any(is_open):
             rows = [
                 DraftingRow(limit, share.sequence.drafts)
                 for limit, share in zip(limits, together, strict=True)
             ]
             candidates = [row for row, left_open in zip(rows, is_open, strict=True) if left_open]
-            chosen = self.latest = self._chooser.choose(candidates or rows, exit_layer=asked)
+            chosen = self.latest = self._chooser.choose(candidates or rows, among=among)
         lengths = iter(chosen.draft_lengths if chosen else ())
         return Choice(
-            exit_layer=chosen.exit_layer if chosen else asked or 1,
+            exit_layer=chosen.exit_layer if chosen else among[0],
             draft_lengths=tuple(
                 next(lengths) if length is None else min(length, limit)
                 for length, limit in zip(fixed, limits, strict=True)

@@ -16,7 +16,14 @@ from msgspec.structs import replace as replace_fields
 
 from config.settings import EngineSettings
 from decoding.blocks import BlockPool
-from decoding.controller import Choice, DraftChooser, DraftingRow, FixedChoice, StepOutcome
+from decoding.controller import (
+    Choice,
+    DraftChooser,
+    DraftingRow,
+    ExitLayers,
+    FixedChoice,
+    StepOutcome,
+)
 from decoding.engine import Engine
 from decoding.messages import (
     Decoded,
@@ -49,12 +56,13 @@ class Lab:
         max_num_seqs: int,
         budget: int,
         chooser: DraftChooser | None = None,
+        promotes: bool = False,
     ) -> Engine:
         """A new scheduler over an old cache: whatever earlier runs left in it must not matter."""
         loaded = self.engines[block_size]
         scheduler = Scheduler(
             BlockPool(num_blocks=num_blocks, block_size=block_size),
-            StepLimits(max_num_seqs, budget),
+            StepLimits(max_num_seqs, budget, promotes),
             chooser or RandomChooser(0),
             device=torch.device("cpu"),
             clock=lambda: 0.0,
@@ -70,8 +78,8 @@ class RandomChooser(FixedChoice):
         self._rng = np.random.default_rng(seed)
         self.num_steps_learned = 0
 
-    def choose(self, rows: Sequence[DraftingRow], *, exit_layer: int | None = None) -> Choice:
-        self.exit_layer = exit_layer or int(self._rng.integers(1, NUM_LAYERS))
+    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
+        self.exit_layer = int(self._rng.choice(among or range(1, NUM_LAYERS)))
         return Choice(
             self.exit_layer, tuple(int(self._rng.integers(0, min(row.limit, 8) + 1)) for row in rows)
         )
@@ -214,6 +222,7 @@ def check_mix(lab: Lab, seed: int) -> tuple[int, int, int]:
         max_num_seqs=8 if is_crowded else int(rng.integers(1, 9)),
         budget=int(rng.choice([9, 32, 512])),
         chooser=RandomChooser(seed),
+        promotes=seed % 3 == 0,
     )
     num_rows = 8 if is_crowded else int(rng.integers(2, 9))
     requests = [random_request(rng, i, block_size) for i in range(num_rows)]

@@ -135,7 +135,13 @@ def test_rows_draft_no_more_than_they_may() -> None:
 
 
 def test_an_exit_layer_that_was_asked_for_is_used() -> None:
-    assert controller(costs(flat), record(lambda layer: 0.9)).choose(rows(3), exit_layer=9).exit_layer == 9
+    assert controller(costs(flat), record(lambda layer: 0.9)).choose(rows(3), among=(9,)).exit_layer == 9
+
+
+def test_of_several_exit_layers_the_most_promising_is_used() -> None:
+    rates = record(lambda layer: 0.9 if layer == 5 else 0.3)
+    assert controller(costs(flat), rates).choose(rows(3), among=(2, 5, 9)).exit_layer == 5
+    assert controller(costs(flat), rates).choose(rows(3), among=(2, 9)).exit_layer in (2, 9)
 
 
 def test_drafting_stops_by_itself_when_tokens_cost_too_much() -> None:
