@@ -24,7 +24,16 @@ from pydantic_settings import (
 )
 
 from config.errors import SettingsError
-from config.setting_types import COMMA_LIST, ApiKey, ExitPolicy, Loader, LogFormat, LogLevel, ModelNames, Origin
+from config.setting_types import (
+    COMMA_LIST,
+    ApiKey,
+    ExitPolicy,
+    Loader,
+    LogFormat,
+    LogLevel,
+    ModelNames,
+    Origin,
+)
 
 ENV_PREFIX: Final = "LAYERSKIP_"
 DEFAULT_MEMORY_FRACTION: Final = 0.9

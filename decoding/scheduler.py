@@ -23,7 +23,7 @@ from decoding.speculation import Speculator
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What one step may hold: rows, tokens fed or drafted, and several exit layers unless it promotes them to one."""
+    """What one step may hold: rows, tokens fed or drafted, and unless it `promotes`, several exit layers."""
 
     max_num_seqs: int
     max_num_batched_tokens: int

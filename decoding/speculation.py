@@ -21,8 +21,8 @@ Extend = Callable[[Stream, int], bool]
 class Speculator:
     """Spends what a step has left on drafts. Changes no sequence but for its blocks, by way of `extend`.
 
-    Rows that ask for different exit layers each draft at their own, unless it `promotes`: then all draft at the one
-    of those asked for that promises most. `latest` is what the chooser chose last.
+    Rows that ask for different exit layers each draft at their own, unless it `promotes`: then all draft at the
+    most promising of those. `latest` is what the chooser chose last.
     """
 
     def __init__(self, chooser: DraftChooser, *, extend: Extend, promotes: bool) -> None:
