@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,39 @@ class AttentionShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrangement:
+    """How ragged queries are attended, whatever their positions; every attention makes a kind of its own."""
+
+    tokens: Ragged
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """Ragged query tokens at their positions, for the attention that made this."""
+
+
+class Attention(Protocol):
+    """Rotates, stores and attends. `arrange` is for many steps, `queries` for one, `attend` for a layer of it."""
+
+    def arrange(self, tokens: Ragged, classes_B: Ints) -> Arrangement:
+        """Prepare for these queries, at least one of each row; row b's context is of class `classes_B[b]`."""
+        ...
+
+    def queries(self, arrangement: Arrangement, slots_BT: Ints, starts_B: Ints) -> Queries:
+        """Queries of each row, whose 0-th token, skipped or not, is at position `starts_B[b]`.
+
+        `slots_BT[b, t]` is the slot of row b's position t; columns reach at least to the last query.
+        """
+        ...
+
+    def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
+        """Rotate queries in place, store rotated keys and values, attend: [N, H·F]. A query sees its own position
+        and those before.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class _Band:
     """Rows first_row … last_row − 1, padded to `num_queries` each: tokens first … last − 1 of the ragged list.
 
@@ -60,10 +93,9 @@ class _Band:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrangement:
-    """How ragged queries are attended, whatever their positions."""
+class _Banded(Arrangement):
+    """The rows in bands."""
 
-    tokens: Ragged
     bands: tuple[_Band, ...]
 
 
@@ -77,8 +109,8 @@ class _Rectangle:
 
 
 @dataclass(frozen=True, slots=True)
-class Queries:
-    """Ragged query tokens: where each is stored, how it is rotated, what it may see."""
+class _Gathering(Queries):
+    """Where each token is stored, how it is rotated, what it may see."""
 
     slots_N: Tensor
     rotations_N1F: Tensor
@@ -105,28 +137,23 @@ class GatherAttention:
         self._repeats = shape.num_heads // shape.num_kv_heads
 
     def arrange(self, tokens: Ragged, classes_B: Ints) -> Arrangement:
-        """Prepare for these queries, at least one of each row; row b's context is of class `classes_B[b]`.
-
-        Neighbours share a band if they have few queries and contexts of one class.
-        """
+        """Put rows in bands: neighbours share one if they have few queries and contexts of one class."""
         counts_B = tokens.counts_B
         is_long_B = counts_B > _MAX_SHARED_QUERIES
         starts_band_B = is_long_B[1:] | is_long_B[:-1] | (np.diff(classes_B) != 0)
         edges = [0, *(np.flatnonzero(starts_band_B) + 1).tolist(), len(counts_B)]
-        return Arrangement(
+        return _Banded(
             tokens=tokens,
             bands=tuple(self._band(counts_B, *pair) for pair in pairwise(edges)),
         )
 
     def queries(self, arrangement: Arrangement, slots_BT: Ints, starts_B: Ints) -> Queries:
-        """Queries of each row, whose 0-th token, skipped or not, is at position `starts_B[b]`.
-
-        `slots_BT[b, t]` is the slot of row b's position t; columns reach at least to the last query.
-        """
+        """Look up where each row's tokens are stored, and what each query sees."""
+        assert isinstance(arrangement, _Banded)
         tokens = arrangement.tokens
         positions_N = starts_B[tokens.rows_N] + tokens.steps_N
         starts_B, ends_B = starts_B + tokens.skipped_B, starts_B + tokens.ends_B
-        return Queries(
+        return _Gathering(
             slots_N=self._on_device(slots_BT[tokens.rows_N, positions_N]),
             rotations_N1F=self._rotations_T1F.index_select(0, self._on_device(positions_N)),
             rectangles=tuple(self._rectangle(band, slots_BT, starts_B, ends_B) for band in arrangement.bands),
@@ -134,6 +161,7 @@ class GatherAttention:
 
     def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
         """Rotate queries and keys in place, store keys and values, attend: [N, H·F]."""
+        assert isinstance(queries, _Gathering)
         heads_NHF = qkv_NW.view(qkv_NW.shape[0], -1, self._head_width)
         rotate_(heads_NHF[:, : self._num_heads + self._num_kv_heads], queries.rotations_N1F)
         self._cache.store(layer, qkv_NW[:, self._query_width :], queries.slots_N)

@@ -26,6 +26,10 @@ class KVCache:
         """Write one key and value for each token; what the slots held is overwritten."""
         self._layers_SW[layer].index_copy_(0, slots_N, kv_NW)
 
+    def layer(self, layer: int) -> Tensor:
+        """Keys and values of all slots, [S, W], as they lie in memory."""
+        return self._layers_SW[layer]
+
     def gather(self, layer: int, slots_M: Tensor) -> Tensor:
         """Keys and values at these slots, [M, W], in order and copied."""
         return self._layers_SW[layer].index_select(0, slots_M)
