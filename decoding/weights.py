@@ -7,6 +7,7 @@ Shapes: D model width, V vocabulary, O outputs, I inputs, H query heads, G key/v
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ _SINGLE: Final = "model.safetensors"
 
 
 _FLOATING: Final = ("F64", "F32", "F16", "BF16")
+_UNTRAINED_STD: Final = 0.02
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -87,6 +89,25 @@ class TensorFiles:
             raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
 
 
+class DrawnTensors:
+    """Tensors drawn at random where others are read: a model of a checkpoint's sizes, for measuring speed alone.
+
+    A tensor depends on its name and its shape; matrices are drawn as models are before training.
+    """
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Draw one tensor into `out`."""
+        if out.dim() == 1:
+            out.fill_(1)
+        else:
+            generator = torch.Generator(out.device).manual_seed(zlib.crc32(name.encode()))
+            out.normal_(0, _UNTRAINED_STD, generator=generator)
+
+
+class _Tensors(Protocol):
+    def read_into(self, name: str, out: Tensor) -> None: ...
+
+
 def _file_of_tensors(folder: Path, open_file: Callable[[Path], _OpenFile]) -> dict[str, str]:
     if (folder / _INDEX).is_file():
         return _read_index(folder / _INDEX)
@@ -111,12 +132,13 @@ class Placement:
     """Where weights go: the device and dtype they are used in.
 
     With an `offload_folder`, matrices are written there by accelerate and mapped into memory for use; once
-    everything is loaded the folder may be deleted.
+    everything is loaded the folder may be deleted. If they `are_drawn`, no file of weights is read.
     """
 
     device: torch.device
     dtype: torch.dtype
     offload_folder: Path | None = None
+    are_drawn: bool = False
 
 
 def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> Weights:
@@ -151,12 +173,12 @@ def rotations(checkpoint: Checkpoint, num_positions: int, device: torch.device, 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    files: TensorFiles
+    tensors: _Tensors
     placement: Placement
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         out = torch.empty(shape, dtype=self.placement.dtype, device=self.placement.device)
-        self.files.read_into(name, out)
+        self.tensors.read_into(name, out)
         return out
 
     def norm(self, name: str, shape: ModelShape) -> RmsNorm:
@@ -175,7 +197,7 @@ class _Reader:
         device = self.placement.device if folder is None else torch.device("cpu")
         fused_OI = torch.empty(sum(heights), width, dtype=self.placement.dtype, device=device)
         for name, part in zip(names, torch.split(fused_OI, list(heights)), strict=True):
-            self.files.read_into(name, part)
+            self.tensors.read_into(name, part)
             if order is not None:
                 part.copy_(order(name, part))
         return (
@@ -186,7 +208,8 @@ class _Reader:
 @contextmanager
 def _reader(checkpoint: Checkpoint, placement: Placement) -> Iterator[_Reader]:
     with ExitStack() as stack:
-        yield _Reader(TensorFiles(checkpoint.folder, stack), placement)
+        tensors = DrawnTensors() if placement.are_drawn else TensorFiles(checkpoint.folder, stack)
+        yield _Reader(tensors, placement)
 
 
 def _read_layer(reader: _Reader, prefix: str, shape: ModelShape) -> Layer:
