@@ -23,12 +23,13 @@ class FinishReason(StrEnum):
 
 class Drafter(StrEnum):
     """Who proposes drafts: the model's own early exit, a look at what the sequence already holds, that look
-    first and early exit where it finds nothing, or nobody.
+    first and early exit where it finds nothing, a separate draft model, or nobody.
     """
 
     EARLY_EXIT = "early_exit"
     LOOKUP = "lookup"
     HYBRID = "hybrid"
+    MODEL = "model"
     NONE = "none"
 
 
@@ -74,6 +75,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     `logprobs` and `prompt_logprobs` ask for log-probabilities of new tokens and of the prompt's, each beside
     those of this many most probable ones; None asks for none. `exit_layer` and `draft_length` None leave the
     choice to the worker, step by step. `traces_drafts` asks for the ids of all drafts.
+
+    `resumed_ids` are new tokens that a worker reported before it died: the sequence goes on behind them.
     """
 
     sequence_id: int
@@ -88,6 +91,16 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     traces_drafts: bool = False
+    resumed_ids: list[int] = []
+
+    def resumed(self, reported_ids: list[int]) -> Generate:
+        """The same sequence where it goes on behind `reported_ids`; nothing that came with them comes again.
+
+        With no ids it begins anew.
+        """
+        if not reported_ids:
+            return self
+        return msgspec.structs.replace(self, resumed_ids=list(reported_ids), prompt_logprobs=None)
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -169,11 +182,15 @@ class CycleTimes(msgspec.Struct, frozen=True):
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
-    """Sent after every step, and when idle after aborts and once a second; `times` is None without a step."""
+    """Sent after every step, and when idle after aborts and once a second; `times` is None without a step.
+
+    `num_taken` counts the sequences that the worker was given and has survived taking, since it started.
+    """
 
     decoded: list[Decoded]
     load: Load
     times: CycleTimes | None = None
+    num_taken: int = 0
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -188,7 +205,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     `max_draft_length` bounds a request's `draft_length`; `allowed_exit_layers` is sorted and not empty;
     `num_blocks * block_size` is the number of KV tokens. Requests that name no exit layer or draft length get the
-    default; where it is None the worker chooses, and begins with the first.
+    default; where it is None the worker chooses, and begins with the first. Only with a draft model may they ask
+    for its drafts.
     """
 
     num_layers: int
@@ -203,6 +221,7 @@ class Limits(msgspec.Struct, frozen=True):
     default_exit_layer: int | None
     default_draft_length: int | None
     max_draft_length: int
+    has_draft_model: bool = False
 
 
 class TextAssets(msgspec.Struct, frozen=True):

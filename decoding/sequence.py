@@ -21,13 +21,15 @@ class Sequence:
     Between steps a sequence that has started decoding has exactly one token pending: the last committed.
     `chain` and `num_published` say how far its blocks are in the prefix cache. `prompt_logprobs` gathers, chunk by
     chunk, what the request asked for; the first event takes them along. `ngrams` is there where drafts are
-    looked up. `drafts` says how they have fared.
+    looked up. `drafts` says how they have fared. `num_followed` counts the computed tokens that a separate draft
+    model has computed too; all of them where there is none.
     """
 
     request: Generate
     arrived_s: float
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
+    num_followed: int = 0
     block_ids: list[int] = field(default_factory=list)
     chain: int = ROOT
     num_published: int = 0
@@ -40,7 +42,9 @@ class Sequence:
     drafts: RowRecord = field(default_factory=RowRecord)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_ids)
+        self.token_ids = [*self.request.prompt_ids, *self.request.resumed_ids]
+        # Of a sequence that is resumed the first event was sent by another worker.
+        self.is_announced = bool(self.request.resumed_ids)
 
     @property
     def num_pending(self) -> int:
@@ -72,6 +76,7 @@ class Sequence:
     def forget_computed(self) -> None:
         """Back to nothing computed and no blocks: everything known is to be computed again."""
         self.num_computed = 0
+        self.num_followed = 0
         self.block_ids = []
         self.chain = ROOT
         self.num_published = 0

@@ -172,7 +172,7 @@ class DetokenizeAnswer(TypedDict):
 
 
 class HealthAnswer(TypedDict):
-    """How the server is, and each of its models; while it loads, how far it is."""
+    """How the server is, and each of its models; while one loads, how far it is."""
 
     status: str
     models: NotRequired[dict[str, str]]

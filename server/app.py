@@ -45,8 +45,12 @@ class LogListener:
         where = "" if self._url is None else f" at {self._url}"
         _log.info("ready: %s on %s in %s%s", self._model_name, ready.device, ready.dtype, where)
 
+    def restarting(self, message: str) -> None:
+        """The worker died, and another follows."""
+        _log.warning("%s: %s", self._model_name, message)
+
     def failed(self, message: str) -> None:
-        """The worker will not serve, or serves no more."""
+        """No worker will serve."""
         _log.error("%s: %s", self._model_name, message)
 
 

@@ -28,6 +28,7 @@ class Terminal:
         self._site = site
         self._model_name = model_name
         self._latest = ("", -1)
+        self._has_served = False
 
     def loading(self, stage: str, fraction: float) -> None:
         """One line for every new stage and every tenth of it."""
@@ -37,11 +38,22 @@ class Terminal:
             self._print(f"loading {self._model_name}: {stage} {fraction:.0%}")
 
     def ready(self, ready: Ready) -> None:
-        """The banner."""
-        self._print(banner(ready, self._site, model_name=self._model_name))
+        """The banner; after a restart one line."""
+        if self._has_served:
+            self._say("the worker serves again")
+        else:
+            self._print(banner(ready, self._site, model_name=self._model_name))
+        self._has_served = True
+
+    def restarting(self, message: str) -> None:
+        """The one line that says why."""
+        self._say(message)
 
     def failed(self, message: str) -> None:
-        """The one line; a worker that dies later leaves the server up, to say so."""
+        """The one line."""
+        self._say(message)
+
+    def _say(self, message: str) -> None:
         whose = f"{self._model_name}: " if self._site.has_several_models else ""
         self._print(f"layerskip: {whose}{message}")
 

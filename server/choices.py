@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from decoding.messages import Decoded, FinishReason, Generate, TokenLogprob
 from server.drafts import CycleDrafts
-from server.engine_client import Arrival
 from server.metrics import Metrics
 from server.text_stream import TextRun, TextStream
+from server.token_stream import Arrival
 
 _T = TypeVar("_T")
 

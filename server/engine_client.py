@@ -1,6 +1,7 @@
 """The asynchronous front of one worker: its state, its queue bound, and streams of what it decodes.
 
-Knows sequences and messages; knows nothing of HTTP or text. Everything here runs on the event loop.
+A worker that dies after it served is followed by another, which resumes what was open. Knows sequences and
+messages; knows nothing of HTTP or text. Everything here runs on the event loop.
 """
 
 from __future__ import annotations
@@ -10,124 +11,42 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from decoding.messages import Abort, Decoded, Event, Failed, Generate, Load, Loading, Ready, StepReport
+from decoding.messages import Abort, Event, Failed, Generate, Load, Loading, Ready, StepReport
 from server.deadlines import Deadlines
-from server.errors import ApiError, InvalidRequest, QueueFull, SlowReader, Unavailable, WorkerLost
+from server.errors import ApiError, InvalidRequest, QueueFull, Unavailable, WorkerLost, WorkerLostTwice
 from server.observers import StartListener, StepObserver
+from server.restarts import MAX_FRUITLESS_DEATHS, RestartPolicy
+from server.roster import Roster
 from server.supervisor import WorkerCallbacks, WorkerProcess
+from server.token_stream import Arrival, TokenStream
 
-# For each sequence. One that is read needs far less; what is behind more is a client that stopped reading.
-_MAX_PENDING_EVENTS: Final = 4096
 _NO_DEADLINES: Final = Deadlines()
 
 _log = logging.getLogger("layerskip.worker")
 
 
 class WorkerState(StrEnum):
-    """Where a worker is in its life."""
+    """Where a worker is in its life. From `DEAD` there is no return."""
 
     LOADING = "loading"
     READY = "ready"
+    RESTARTING = "restarting"
     DEAD = "dead"
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """An event of one sequence and when it came, in seconds of the client's clock."""
-
-    decoded: Decoded
-    at_s: float
-
-
-class TokenStream:
-    """What is decoded for one request, in order. It ends with each sequence's last event or with an error.
-
-    Close it when done, however that came about: sequences that still run are then aborted.
-    """
-
-    def __init__(self, sequence_ids: Sequence[int], *, abort: Callable[[Sequence[int]], None]) -> None:
-        self._open = set(sequence_ids)
-        self._max_pending = _MAX_PENDING_EVENTS * len(self._open)
-        self._abort = abort
-        self._arrivals: list[Arrival] = []
-        self._error: ApiError | None = None
-        self._wake_up = asyncio.Event()
-        self._timers: Sequence[asyncio.TimerHandle] = ()
-        self.has_begun = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether any of its sequences still waits or runs."""
-        return bool(self._open)
-
-    async def next(self) -> Sequence[Arrival]:
-        """Everything that came since the last call, at least one. Raises the ApiError that ended it."""
-        while not self._arrivals:
-            if self._error is not None:
-                raise self._error
-            self._wake_up.clear()
-            await self._wake_up.wait()
-        arrivals, self._arrivals = self._arrivals, []
-        return arrivals
-
-    def end(self, sequence_id: int) -> None:
-        """Nothing more is wanted of one sequence."""
-        if sequence_id in self._open:
-            self._open.discard(sequence_id)
-            self._abort([sequence_id])
-
-    def close(self) -> int:
-        """Nothing more is wanted at all; returns how many tokens had come and were not read."""
-        self._abort_open()
-        unread, self._arrivals = self._arrivals, []
-        return sum(len(arrival.decoded.token_ids) for arrival in unread)
-
-    def stop(self, error: ApiError) -> None:
-        """For a deadline: abort what is open and end with `error`, after the events that already came."""
-        self._abort_open()
-        self.fail(error)
-
-    def limit(self, timers: Sequence[asyncio.TimerHandle]) -> None:
-        """For the client: timers that end with the stream."""
-        self._timers = timers
-
-    def push(self, arrival: Arrival) -> None:
-        """For the client: add an event."""
-        self.has_begun = True
-        if arrival.decoded.finish_reason is not None:
-            self._open.discard(arrival.decoded.sequence_id)
-        self._arrivals.append(arrival)
-        self._wake_up.set()
-        if len(self._arrivals) > self._max_pending:
-            self.fail(SlowReader("the stream was not read for too long"))
-            self.close()
-
-    def fail(self, error: ApiError) -> None:
-        """For the client: end every sequence with `error`, after the events that already came."""
-        self._error = error
-        self._wake_up.set()
-
-    def _abort_open(self) -> None:
-        for timer in self._timers:
-            timer.cancel()
-        if self._open:
-            still_open, self._open = self._open, set()
-            self._abort(sorted(still_open))
 
 
 class EngineClient:
     """Submits sequences to one worker and hands each event to the stream that waits for it.
 
-    `max_queued` sequences may be open beyond the `max_num_seqs` the worker decodes together.
+    `spawn` makes a worker that is yet to be started: the first, and one after each that died. `max_queued`
+    sequences may be open beyond the `max_num_seqs` the worker decodes together.
     """
 
     def __init__(
         self,
-        process: WorkerProcess,
+        spawn: Callable[[], WorkerProcess],
         *,
         max_queued: int,
         deadlines: Deadlines = _NO_DEADLINES,
@@ -135,14 +54,17 @@ class EngineClient:
         listener: StartListener,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._process = process
+        self._spawn = spawn
+        self._process = spawn()
         self._max_queued = max_queued
         self._deadlines = deadlines
         self._observer = observer
         self._listener = listener
         self._clock = clock
         self._ids = itertools.count(1)
-        self._streams: dict[int, TokenStream] = {}
+        self._roster = Roster()
+        self._restarts = RestartPolicy(clock)
+        self._next_start: asyncio.TimerHandle | None = None
         self._ready: Ready | None = None
         self._heard_at_s = clock()
         self._is_stopping = False
@@ -162,14 +84,14 @@ class EngineClient:
         return self.state is WorkerState.READY
 
     @property
-    def has_failed_to_start(self) -> bool:
-        """Whether the worker ended before it ever served."""
-        return self.state is WorkerState.DEAD and self._ready is None
+    def is_gone(self) -> bool:
+        """Whether no worker serves and none will: it never started, or died too often."""
+        return self.state is WorkerState.DEAD
 
     @property
     def num_open(self) -> int:
         """Sequences running or waiting, also those on their way to the worker."""
-        return len(self._streams)
+        return len(self._roster)
 
     @property
     def num_waiting(self) -> int:
@@ -188,6 +110,8 @@ class EngineClient:
             raise Unavailable("the server is shutting down")
         if self.state is WorkerState.LOADING:
             raise Unavailable(f"the model is loading ({self.stage}, {self.fraction:.0%})")
+        if self.state is WorkerState.RESTARTING:
+            raise Unavailable("the worker of this model died and is being restarted; try again")
         if self.state is WorkerState.DEAD or self._ready is None:
             raise Unavailable("the worker of this model is gone")
         return self._ready
@@ -199,6 +123,8 @@ class EngineClient:
     async def stop(self) -> None:
         """End open streams with an error and the worker with them."""
         self.refuse_work()
+        if self._next_start is not None:
+            self._next_start.cancel()
         await self._process.stop()
 
     def refuse_work(self) -> None:
@@ -222,9 +148,8 @@ class EngineClient:
         if self._process.is_congested:
             raise Unavailable("the worker does not take requests at the moment")
         stream = TokenStream([sequence.sequence_id for sequence in sequences], abort=self._abort)
-        for sequence in sequences:
-            self._streams[sequence.sequence_id] = stream
-            self._process.send(sequence)
+        self._roster.add(stream, sequences)
+        self._give()
         stream.limit(
             self._deadlines.start(
                 stream, is_waiting=lambda: self._is_waiting(stream), count=self._observer.expired
@@ -237,13 +162,21 @@ class EngineClient:
 
         The very first always has one, even if the worker has not said so yet.
         """
-        num_running = max(1, self.load.num_running)
-        return stream not in itertools.islice(self._streams.values(), num_running)
+        return not self._roster.has_place(stream, num_running=max(1, self.load.num_running))
+
+    def _give(self) -> None:
+        """Send the worker the requests whose turn it is."""
+        if self.state is not WorkerState.READY:
+            return
+        for request in self._roster.give():
+            for sequence in request.to_send():
+                self._process.send(sequence)
+            if request.is_resumed:
+                self._observer.resumed()
 
     def _abort(self, sequence_ids: Sequence[int]) -> None:
-        running = [sequence_id for sequence_id in sequence_ids if self._streams.pop(sequence_id, None)]
-        if running:
-            self._process.send(Abort(running))
+        if given := self._roster.remove(sequence_ids):
+            self._process.send(Abort(given))
 
     def _on_event(self, event: Event) -> None:
         self._heard_at_s = self._clock()
@@ -253,13 +186,20 @@ class EngineClient:
             self.stage, self.fraction = event.stage, event.fraction
             self._listener.loading(event.stage, event.fraction)
         elif isinstance(event, Ready):
-            # Only a model whose text can be handled is ready.
-            self._observer.worker_ready(event)
-            self._ready, self.state = event, WorkerState.READY
-            self.load = Load(num_free_blocks=event.limits.num_blocks)
-            self._listener.ready(event)
+            self._on_ready(event)
         else:
             self._on_failed(event)
+
+    def _on_ready(self, ready: Ready) -> None:
+        if self._ready is not None and not _serves_alike(self._ready, ready):
+            self._fail_streams(WorkerLost("the worker died, and the next one serves another checkpoint"))
+        # Only a model whose text can be handled is ready.
+        self._observer.worker_ready(ready)
+        self._ready, self.state = ready, WorkerState.READY
+        self.load = Load(num_free_blocks=ready.limits.num_blocks)
+        self._restarts.served()
+        self._listener.ready(ready)
+        self._give()
 
     def _on_step(self, report: StepReport) -> None:
         if self.load.is_drafting_worthwhile and not report.load.is_drafting_worthwhile:
@@ -267,29 +207,71 @@ class EngineClient:
         self.load = report.load
         self._observer.step(report)
         for decoded in report.decoded:
-            stream = self._streams.get(decoded.sequence_id)
+            stream = self._roster.note(decoded)
             if stream is None:
                 self._observer.discarded(len(decoded.token_ids))
                 continue
             if decoded.finish_reason is not None:
-                del self._streams[decoded.sequence_id]
+                self._restarts.finished()
             stream.push(Arrival(decoded, self._heard_at_s))
+        self._roster.heard(report.load, num_taken=report.num_taken)
+        self._give()
 
     def _on_failed(self, failed: Failed) -> None:
         self.state = WorkerState.DEAD
         self._listener.failed(failed.message)
 
     def _on_exit(self, exit_code: int | None) -> None:
+        if self._is_stopping:
+            return
         was, self.state = self.state, WorkerState.DEAD
         self.load = Load()
         if was is WorkerState.LOADING:
             self._listener.failed(f"the worker died while loading (exit code {exit_code})")
-        if was is WorkerState.READY:
-            self._listener.failed(f"the worker died (exit code {exit_code})")
-        self._fail_streams(WorkerLost("the worker died while it decoded this request"))
+        if was in (WorkerState.READY, WorkerState.RESTARTING):
+            self._recover(exit_code)
+        if self.state is WorkerState.DEAD:
+            self._fail_streams(WorkerLost("the worker died while it decoded this request"))
+
+    def _recover(self, exit_code: int | None) -> None:
+        """Have another worker started in a while, unless this has come to nothing too often."""
+        assert self._ready is not None
+        fallen = self._roster.crashed(max_num_seqs=self._ready.limits.max_num_seqs)
+        for stream in fallen:
+            stream.fail(WorkerLostTwice())
+        wait_s = self._restarts.died()
+        died = f"the worker died (exit code {exit_code})"
+        if wait_s is None:
+            often = f"the last of {MAX_FRUITLESS_DEATHS} times in which it finished no request"
+            self._listener.failed(f"{died}, {often}; no other is started")
+            return
+        self.state, self.stage, self.fraction = WorkerState.RESTARTING, "starting", 0.0
+        self._listener.restarting(
+            f"{died}; another starts in {wait_s:g} s: {self._roster.num_requests} requests wait to be resumed, "
+            f"{len(fallen)} failed"
+        )
+        self._next_start = asyncio.get_running_loop().call_later(wait_s, self._restart)
+
+    def _restart(self) -> None:
+        self._observer.restarted()
+        self._process = self._spawn()
+        try:
+            self.start()
+        except OSError as error:
+            # No memory or no process left: what may have killed the last worker may be over in a while.
+            _log.warning("the worker could not be started: %s", error)
+            self._on_exit(None)
 
     def _fail_streams(self, error: ApiError) -> None:
-        streams = set(self._streams.values())
-        self._streams.clear()
-        for stream in streams:
+        for stream in self._roster.clear():
             stream.fail(error)
+
+
+def _serves_alike(one: Ready, other: Ready) -> bool:
+    """Whether what one worker began another may go on with, as far as can be seen."""
+
+    def seen(ready: Ready) -> tuple[object, ...]:
+        limits = ready.limits
+        return ready.revision, ready.dtype, ready.text, limits.num_layers, limits.vocab_size
+
+    return seen(one) == seen(other) and other.limits.max_model_len >= one.limits.max_model_len

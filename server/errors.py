@@ -176,12 +176,24 @@ class RequestTimeout(ApiError):
 
 
 class WorkerLost(ApiError):
-    """The worker died while it decoded this request."""
+    """The worker died while it decoded this request, and no other will."""
 
     status = 500
     type = "server_error"
     code = "worker_lost"
     rejection = None
+
+
+class WorkerLostTwice(WorkerLost):
+    """The worker died while it decoded this request, and another when it decoded this request alone."""
+
+    def __init__(self) -> None:
+        super().__init__("the worker died while it decoded this request, and once more when it did so alone")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The same again would kill again: OpenAI's clients heed this and do not retry."""
+        return {"x-should-retry": "false"}
 
 
 class SlowReader(ApiError):

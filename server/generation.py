@@ -18,7 +18,6 @@ from decoding.messages import SEED_BITS, Generate, SamplingParams, sequence_seed
 from server.choices import ChoiceProgress, Chunk, TokenStops, joined
 from server.drafts import DraftTally
 from server.edits import resolve_edits
-from server.engine_client import Arrival
 from server.errors import ApiError
 from server.limits import (
     Speculation,
@@ -32,6 +31,7 @@ from server.openai_types import AnswerHead, AnswerMetrics, JsonObject, Usage
 from server.request_log import AnswerSummary
 from server.served_model import ServedModel
 from server.text_stream import StopRules, TextStream
+from server.token_stream import Arrival
 
 
 class AnswerForm(Protocol):

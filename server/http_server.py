@@ -60,7 +60,7 @@ class _HttpConnection(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """Serves until a signal, or until the start of every worker came to nothing.
+    """Serves until a signal, or until no worker is left that serves or will.
 
     The first SIGTERM lets running requests finish; SIGINT, or a second signal, does not wait for them.
     """
@@ -103,7 +103,7 @@ class HttpServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second."""
-        self.should_exit |= self._app.models.have_failed_to_start
+        self.should_exit |= self._app.models.are_gone
         if self._drain_until_s is not None and not self.should_exit:
             is_late = time.monotonic() >= self._drain_until_s
             if is_late or not self._app.num_under_way:

@@ -111,6 +111,8 @@ class Metrics:
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of answers that began.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens delivered to answers.")
         self.aborted = self._counter("layerskip_aborted_requests", "Sequences their client gave up.")
+        self.restarts = self._counter("layerskip_worker_restarts", "Workers started after one had died.")
+        self.resumed = self._counter("layerskip_requests_resumed", "Requests that outlived their worker.")
         self._finished = self._counter_by("vllm:request_success", "Finished sequences.", "finished_reason")
         self._rejected = self._counter_by(
             "layerskip_rejected_requests", "Requests refused or given up.", "reason"

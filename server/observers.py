@@ -19,8 +19,11 @@ class StartListener(Protocol):
     def ready(self, ready: Ready) -> None:
         """The worker serves."""
 
+    def restarting(self, message: str) -> None:
+        """The worker died after it had served, and another follows; `message` is one line."""
+
     def failed(self, message: str) -> None:
-        """The worker will never serve, or serves no more; `message` is one line."""
+        """No worker will serve; `message` is one line."""
 
 
 class StepObserver(Protocol):
@@ -31,6 +34,12 @@ class StepObserver(Protocol):
 
     def step(self, report: StepReport) -> None:
         """A step ended."""
+
+    def restarted(self) -> None:
+        """A worker is started in the place of one that died."""
+
+    def resumed(self) -> None:
+        """A request that the last worker had is given to this one."""
 
     def discarded(self, num_tokens: int) -> None:
         """Tokens came for a sequence that nobody waits for any more."""

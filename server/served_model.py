@@ -29,7 +29,7 @@ class ServedModel:
         self.name = self.names[0]
         self.metrics = Metrics(model_name=self.name)
         self.client = EngineClient(
-            WorkerProcess(settings.engine, load_engine=load_engine),
+            lambda: WorkerProcess(settings.engine, load_engine=load_engine),
             max_queued=settings.max_queued_requests,
             deadlines=Deadlines(queue_s=settings.queue_timeout_s, total_s=settings.request_timeout_s),
             observer=self,
@@ -73,6 +73,14 @@ class ServedModel:
     def expired(self, reason: str) -> None:
         """Count a request that was stopped at a deadline."""
         self.metrics.rejected(reason)
+
+    def restarted(self) -> None:
+        """Count a worker that follows one that died."""
+        self.metrics.restarts.inc()
+
+    def resumed(self) -> None:
+        """Count a request that outlived its worker."""
+        self.metrics.resumed.inc()
 
     def discarded(self, num_tokens: int) -> None:
         """Count tokens nobody waits for."""

@@ -51,9 +51,9 @@ class ServedModels:
         return {model.name: model.client.state for model in self._models}
 
     @property
-    def have_failed_to_start(self) -> bool:
-        """Whether every worker ended before it ever served."""
-        return all(model.client.has_failed_to_start for model in self._models)
+    def are_gone(self) -> bool:
+        """Whether no worker serves any model and none will."""
+        return all(model.client.is_gone for model in self._models)
 
     def choose(self, name: str | None, scope: Scope) -> ServedModel:
         """The model a request means, which counts what is refused from now on.

@@ -49,6 +49,7 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         "default_draft_length": or_auto(limits.default_draft_length),
         "first_exit_layer": limits.first_exit_layer,
         "first_draft_length": limits.first_draft_length,
+        "has_draft_model": limits.has_draft_model,
         "is_drafting_worthwhile": model.client.load.is_drafting_worthwhile,
         "default_sampling": msgspec.to_builtins(ready.sampling),
         "limits": {
@@ -83,9 +84,10 @@ async def health(models: Models) -> JSONResponse:
         return _unready("draining", models)
     if WorkerState.READY in states:
         return JSONResponse({"status": "ready", "models": models.states})
-    loading = next((model.client for model in models if model.client.state is WorkerState.LOADING), None)
-    if loading is not None:
-        return _unready("loading", models, stage=loading.stage, fraction=loading.fraction)
+    for state in (WorkerState.LOADING, WorkerState.RESTARTING):
+        for model in models:
+            if model.client.state is state:
+                return _unready(state, models, stage=model.client.stage, fraction=model.client.fraction)
     return JSONResponse({"status": "dead", "models": models.states}, status_code=503)
 
 
@@ -96,7 +98,9 @@ def _unready(status: str, models: ServedModels, **progress: str | float) -> JSON
 
 @router.get("/health/live", response_model=None, responses=is_healthy())
 async def live(models: Models) -> JSONResponse:
-    """200 while a restart would not help: loading counts as alive, dead workers only while others live."""
+    """200 while a restart of the server would not help: a worker that is loaded or restarted counts as alive, one
+    that is gone only while others live.
+    """
     is_dead = set(models.states.values()) == {WorkerState.DEAD}
     return JSONResponse({"status": "dead" if is_dead else "live"}, status_code=503 if is_dead else 200)
 

@@ -43,7 +43,10 @@ class WorkerCallbacks:
 
 
 class WorkerProcess:
-    """One spawned worker with the threads at its pipe. `start` once, from the event loop; then `stop`."""
+    """One spawned worker with the threads at its pipe. `start` once, from the event loop; then `stop`.
+
+    After `on_exit` nothing of it is left, and another may be made in its place.
+    """
 
     def __init__(self, settings: EngineSettings, *, load_engine: EngineLoader) -> None:
         self._settings = settings
@@ -111,8 +114,8 @@ class WorkerProcess:
         return process
 
     def _join(self) -> None:
-        assert self._process is not None
-        self._process.join(_STOP_S)
+        if self._process is not None:
+            self._process.join(_STOP_S)
         for thread in self._threads:
             thread.join(_STOP_S)
 

@@ -40,7 +40,9 @@ class DecodingEngine(Protocol):
         """Whether a step would decode anything."""
 
     def submit(self, request: Generate) -> None:
-        """Queue a sequence."""
+        """Queue a sequence. Of those that wait the oldest is admitted first, so that no step computes anything of
+        a sequence before which `max_num_seqs` others are open.
+        """
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
         """Drop sequences and free their blocks."""
@@ -88,17 +90,16 @@ class CommandLink(Protocol):
 
 def serve(engine: DecodingEngine, link: CommandLink) -> NoReturn:
     """Drain commands, step, send; while idle, report once a heartbeat."""
+    num_taken = 0
     while True:
         for command in link.take(wait=not engine.has_work):
-            _apply(command, engine)
-        link.send(engine.step() if engine.has_work else engine.report())
-
-
-def _apply(command: Command, engine: DecodingEngine) -> None:
-    if isinstance(command, Abort):
-        engine.abort(command.sequence_ids)
-    else:
-        engine.submit(command)
+            if isinstance(command, Abort):
+                engine.abort(command.sequence_ids)
+            else:
+                engine.submit(command)
+                num_taken += 1
+        report = engine.step() if engine.has_work else engine.report()
+        link.send(msgspec.structs.replace(report, num_taken=num_taken))
 
 
 class _Link:

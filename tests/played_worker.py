@@ -16,9 +16,10 @@ from decoding.messages import (
     StepReport,
 )
 from server.deadlines import Deadlines
-from server.engine_client import EngineClient, TokenStream
+from server.engine_client import EngineClient
 from server.errors import ApiError
 from server.supervisor import WorkerCallbacks
+from server.token_stream import TokenStream
 from tests.scripted_engine import scripted_ready
 
 
@@ -37,6 +38,10 @@ class RecordedProcess:
     def send(self, command: Command) -> None:
         self.sent.append(command)
 
+    @property
+    def given(self) -> list[Generate]:
+        return [command for command in self.sent if isinstance(command, Generate)]
+
     async def stop(self) -> None:
         self.sent.clear()
 
@@ -48,12 +53,20 @@ class Notes:
         self.discarded_tokens = 0
         self.lines: list[str] = []
         self.expiries: list[str] = []
+        self.num_restarts = 0
+        self.num_resumed = 0
 
     def worker_ready(self, ready: Ready) -> None:
         self.lines.append("worker ready")
 
     def step(self, report: StepReport) -> None:
         pass
+
+    def restarted(self) -> None:
+        self.num_restarts += 1
+
+    def resumed(self) -> None:
+        self.num_resumed += 1
 
     def discarded(self, num_tokens: int) -> None:
         self.discarded_tokens += num_tokens
@@ -67,6 +80,9 @@ class Notes:
     def ready(self, ready: Ready) -> None:
         self.lines.append("ready")
 
+    def restarting(self, message: str) -> None:
+        self.lines.append(message)
+
     def failed(self, message: str) -> None:
         self.lines.append(message)
 
@@ -77,9 +93,10 @@ class Played:
     def __init__(
         self, *, max_queued: int = 0, max_num_seqs: int = 4, deadlines: Deadlines | None = None
     ) -> None:
-        self.process, self.notes = RecordedProcess(), Notes()
+        self.workers: list[RecordedProcess] = []
+        self.notes = Notes()
         self.client = EngineClient(
-            self.process,
+            self._spawn,
             max_queued=max_queued,
             deadlines=deadlines or Deadlines(),
             observer=self.notes,
@@ -89,12 +106,34 @@ class Played:
         self.client.start()
         self.settings = EngineSettings(max_num_seqs=max_num_seqs)
 
+    @property
+    def process(self) -> RecordedProcess:
+        """The latest worker."""
+        return self.workers[-1]
+
+    def _spawn(self) -> RecordedProcess:
+        self.workers.append(RecordedProcess())
+        return self.workers[-1]
+
+    def die(self, exit_code: int = -9) -> None:
+        """End the worker."""
+        self.process.callbacks.on_exit(exit_code)
+
+    async def restarted(self) -> Played:
+        """Wait for the next worker, and let it be ready."""
+        num_workers = len(self.workers)
+        while len(self.workers) == num_workers:
+            await asyncio.sleep(0.01)
+        return self.ready()
+
     def ready(self) -> Played:
         self.process.callbacks.on_event(scripted_ready(self.settings, "{}"))
         return self
 
     def step(self, *decoded: Decoded, num_running: int = 0) -> None:
-        self.process.callbacks.on_event(StepReport(list(decoded), Load(num_running=num_running)))
+        """A report of a worker that has taken all that it was sent."""
+        load, num_taken = Load(num_running=num_running), len(self.process.given)
+        self.process.callbacks.on_event(StepReport(list(decoded), load, num_taken=num_taken))
 
     def submit(self, *sequence_ids: int) -> TokenStream:
         return self.client.submit([generate(sequence_id) for sequence_id in sequence_ids])

@@ -45,6 +45,8 @@ def load(settings: EngineSettings, progress: Callable[[str, float], None]) -> Sc
     progress("script", 0.5)
     if script == "refused":
         raise StartupError("refused: this checkpoint\nis refused; pass another")
+    if script == "fleeting" and not Path(settings.model).exists():
+        raise StartupError(f"{script}: no such checkpoint")
     if script == "crashes":
         raise RuntimeError("a bug while loading")
     if script == "slow":
@@ -67,12 +69,13 @@ class Script:
 
 @dataclass
 class ScriptedEngine:
-    """Runs every sequence from its start; a prompt that begins with `!` is a command.
+    """Runs every sequence from its start, or from where it is resumed; a prompt that begins with `!` is a command.
 
     Served as `chat`, it has a chat template; every token is as probable as `scripted_logprob` says.
 
     `!slow` takes 20 ms a step, `!die` ends the process at its third step, `!hang` never returns from it,
-    `!raise` raises there, and `!end` ends with a stop token after four tokens.
+    `!raise` raises there, `!choke` ends it when it takes the prompt, and `!end` ends with a stop token after four
+    tokens.
     """
 
     settings: EngineSettings
@@ -91,13 +94,15 @@ class ScriptedEngine:
 
     def submit(self, request: Generate) -> None:
         text = self.tokenizer.decode(request.prompt_ids)
+        if text.startswith("!choke"):
+            os._exit(8)
         prompt_ids = request.prompt_ids
         answer = (prompt_ids * (request.max_new_tokens // len(prompt_ids) + 1))[: request.max_new_tokens]
         if text.startswith("!end") and END_OF_TEXT in request.stop_token_ids:
             answer = [*answer[:4], END_OF_TEXT]
         ends = [index for index, said in enumerate(answer) if said in request.stop_token_ids]
         answer = answer[: ends[0] + 1] if ends else answer
-        self.running[request.sequence_id] = Script(request, answer, text)
+        self.running[request.sequence_id] = Script(request, answer, text, num_said=len(request.resumed_ids))
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
         for sequence_id in sequence_ids:
@@ -118,7 +123,7 @@ class ScriptedEngine:
     def _advance(self, script: Script) -> Decoded:
         script.steps += 1
         obey(script)
-        is_first = script.steps == 1
+        is_first = script.num_said == 0 and script.steps == 1
         num_left = len(script.answer) - script.num_said
         drafted = 0 if is_first else min(script.request.draft_length, num_left - 1)
         kept = min(drafted, script.steps % 3)

@@ -45,12 +45,13 @@ class Answer:
 
 @dataclass
 class Server:
-    """A server process. `stderr` is complete once it has ended."""
+    """A server process. `stderr` is complete once it has ended. An answer may say nothing for `patience_s`."""
 
     process: subprocess.Popen[str]
     port: int
     log: Path
     samples: dict[str, float] = field(default_factory=dict)
+    patience_s: float = 60
 
     @property
     def url(self) -> str:
@@ -86,7 +87,7 @@ class Server:
     @contextmanager
     def streaming(self, **body: object) -> Iterator[Iterator[str]]:
         """The `data:` fields of a stream, as they come; leaving the block closes the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience_s)
         try:
             payload = json.dumps(body | {"stream": True})
             connection.request("POST", "/v1/completions", payload, {"Content-Type": "application/json"})
@@ -143,7 +144,7 @@ class Server:
 
     def _ask(self, request: urllib.request.Request) -> Answer:
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=self.patience_s) as response:
                 return Answer(response.status, dict(response.headers), response.read())
         except urllib.error.HTTPError as error:
             with error:

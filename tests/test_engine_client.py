@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from decoding.messages import Abort, Failed, FinishReason, Loading, Ready
-from server.engine_client import WorkerState
-from server.errors import QueueFull, SlowReader, Unavailable, WorkerLost
+from server.errors import QueueFull, SlowReader, Unavailable
 from tests.played_worker import Played, drain, said
 
 
@@ -52,36 +51,6 @@ def test_tokens_that_come_after_an_abort_are_discarded_and_counted():
     asyncio.run(play())
 
 
-def test_worker_death_ends_open_streams_after_what_had_come():
-    async def play() -> None:
-        played = Played().ready()
-        stream, ended = played.submit(1), played.submit(2)
-        played.step(said(1, 5), said(2, 5, finish=FinishReason.STOP))
-        played.process.callbacks.on_exit(-9)
-        events, error = await drain(stream)
-        assert events == [said(1, 5)]
-        assert isinstance(error, WorkerLost)
-        assert (await drain(ended))[0] == [said(2, 5, finish=FinishReason.STOP)]
-        assert played.client.state is WorkerState.DEAD
-        assert played.notes.lines[-1] == "the worker died (exit code -9)"
-        stream.close()
-        assert not [command for command in played.process.sent if isinstance(command, Abort)]
-
-    asyncio.run(play())
-
-
-def test_waiting_reader_is_woken_by_worker_death():
-    async def play() -> None:
-        played = Played().ready()
-        reader = asyncio.ensure_future(played.submit(1).next())
-        await asyncio.sleep(0)
-        played.process.callbacks.on_exit(1)
-        with pytest.raises(WorkerLost):
-            await asyncio.wait_for(reader, 1)
-
-    asyncio.run(play())
-
-
 def test_nothing_is_let_in_beyond_the_batch_and_the_queue():
     async def play() -> None:
         played = Played(max_queued=2, max_num_seqs=2).ready()
@@ -100,18 +69,22 @@ def test_nothing_is_let_in_beyond_the_batch_and_the_queue():
     asyncio.run(play())
 
 
-def test_no_work_is_taken_while_loading_after_death_or_while_stopping():
+def test_no_work_is_taken_while_loading_restarting_or_stopping_or_after_a_start_that_failed():
     async def play() -> None:
-        loading, dead, stopping = Played(), Played().ready(), Played().ready()
+        loading, failed, restarting, stopping = Played(), Played(), Played().ready(), Played().ready()
         loading.process.callbacks.on_event(Loading("weights", 0.5))
-        dead.process.callbacks.on_exit(1)
+        failed.die()
+        restarting.die()
         stream = stopping.submit(1)
         stopping.client.refuse_work()
-        for played, word in ((loading, "weights, 50%"), (dead, "gone"), (stopping, "shutting down")):
+        words = {loading: "weights, 50%", failed: "gone", restarting: "restarted", stopping: "shutting down"}
+        for played, word in words.items():
             with pytest.raises(Unavailable) as caught:
                 played.submit(9)
             assert word in caught.value.message
+            assert caught.value.headers == {"Retry-After": "1"}
         assert isinstance((await drain(stream))[1], Unavailable)
+        await restarting.client.stop()
 
     asyncio.run(play())
 

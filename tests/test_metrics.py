@@ -47,6 +47,8 @@ COUNTERS |= {
         "discarded_tokens",
         "rejected_requests",
         "aborted_requests",
+        "worker_restarts",
+        "requests_resumed",
     )
 }
 HISTOGRAMS = {

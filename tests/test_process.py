@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import threading
 import time
 from pathlib import Path
 
@@ -51,45 +49,13 @@ def test_taken_port_is_one_line_and_exit_code_1(scripted):
     assert done.stderr == f"layerskip: port {scripted.port} is in use; pass --port\n"
 
 
-def test_worker_death_ends_every_stream_with_an_error_and_health_says_dead(tmp_path):
-    with running(SCRIPTED, tmp_path) as server:
-        server.wait_ready()
-        streams = [
-            threading.Thread(target=lambda i=i: ends.__setitem__(i, server.stream(**LONG))) for i in range(3)
-        ]
-        ends: dict[int, list[str]] = {}
-        for thread in streams:
-            thread.start()
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 3)
-        waiting = threading.Thread(target=lambda: answers.append(server.post(LONG)))
-        answers: list = []
-        waiting.start()
-        wait_until(lambda: server.metric("vllm:num_requests_running") == 4)
-        os.kill(server.worker_pid, signal.SIGKILL)
-        for thread in [*streams, waiting]:
-            thread.join(10)
-        assert len(ends) == 3
-        for events in ends.values():
-            assert json.loads(events[-1])["error"]["code"] == "worker_lost"
-            assert "[DONE]" not in events
-        assert answers[0].status == 500
-        assert answers[0].error["code"] == "worker_lost"
-        assert server.get("/health").status == 503
-        assert server.get("/health").json["status"] == "dead"
-        assert server.get("/health/live").status == 503
-        assert server.post({"prompt": "a"}).status == 503
-        assert server.metric("layerskip_worker_up") == 0
-        assert server.metric("vllm:num_requests_running") == 0
-        assert server.metric("vllm:request_success_total", finished_reason="error") == 4
-
-
 def test_bug_in_a_step_is_in_the_log_and_not_in_the_answer(tmp_path):
     with running(SCRIPTED, tmp_path) as server:
         server.wait_ready()
         answer = server.post({"prompt": "!raise", "max_tokens": 20})
         assert answer.status == 500
-        assert answer.error["message"] == "the worker died while it decoded this request"
-        assert "a bug in a step" in server.stderr
+        assert answer.error["message"].startswith("the worker died while it decoded this request")
+        assert server.stderr.count("RuntimeError: a bug in a step") == 2
 
 
 def test_hanging_worker_lets_its_heartbeat_age_while_health_answers(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -16,7 +15,7 @@ import pytest
 from config.errors import SettingsError
 from config.settings import BUNDLED_CHECKPOINT, Settings
 from decoding.capacity import DeviceMemory
-from tests.server_process import REAL, SCRIPTED, Server, is_alive, running, wait_until
+from tests.server_process import REAL, SCRIPTED, Server, running, text_of, wait_until
 from tests.tiny import make_checkpoint
 
 EXACT = ("--dtype", "float64", "--num-threads", "1")
@@ -136,7 +135,7 @@ def rejected(server: Server, name: str) -> float:
     return server.metric("layerskip_rejected_requests_total", model_name=name)
 
 
-def test_a_killed_worker_harms_only_its_own_requests(tmp_path):
+def test_a_killed_worker_is_restarted_while_the_others_serve(tmp_path):
     with running(SCRIPTED, tmp_path, "--models", "one,other") as server:
         wait_until(lambda: states(server) == {"one": "ready", "other": "ready"}, timeout_s=60)
         slow = {"prompt": "!slow and long", "max_tokens": 100}
@@ -148,20 +147,45 @@ def test_a_killed_worker_harms_only_its_own_requests(tmp_path):
         for reader in readers:
             reader.start()
         wait_until(lambda: server.metric("vllm:num_requests_running") == 2)
-        os.kill(server.get("/server_info?model=one").json["worker_pid"], signal.SIGKILL)
-        for reader in readers:
-            reader.join(20)
-        assert json.loads(ends["one"][-1])["error"]["code"] == "worker_lost"
-        assert ends["other"][-1] == "[DONE]"
+        kill_worker(server, "one")
+        wait_until(lambda: states(server) == {"one": "restarting", "other": "ready"})
         refusal = server.post({"model": "one", "prompt": "a"})
         assert (refusal.status, refusal.error["code"]) == (503, "unavailable")
         assert server.complete(model="other", prompt="a", max_tokens=1)["model"] == "other"
-        health = server.get("/health")
-        assert (health.status, health.json["models"]) == (200, {"one": "dead", "other": "ready"})
-        assert server.get("/health/live").status == 200
+        assert server.health() == 200
         assert [card["id"] for card in server.get("/v1/models").json["data"]] == ["other"]
         assert server.metric("layerskip_worker_up", model_name="one") == 0
-        assert "layerskip: one: the worker died" in server.stderr
+        for reader in readers:
+            reader.join(30)
+        assert [ends[name][-1] for name in ("one", "other")] == ["[DONE]"] * 2
+        assert text_of(ends["one"]) == text_of(ends["other"])
+        assert restarts(server, "one") == 1
+        assert restarts(server, "other") == 0
+        assert "layerskip: one: the worker died (exit code -9)" in server.stderr
+
+
+def kill_worker(server: Server, name: str) -> None:
+    os.kill(server.get(f"/server_info?model={name}").json["worker_pid"], signal.SIGKILL)
+
+
+def restarts(server: Server, name: str) -> float:
+    return server.metric("layerskip_worker_restarts_total", model_name=name)
+
+
+def test_one_that_dies_again_and_again_leaves_the_other_serving(tmp_path):
+    with running(SCRIPTED, tmp_path, "--models", "one,other") as server:
+        wait_until(lambda: states(server) == {"one": "ready", "other": "ready"}, timeout_s=60)
+        for num_restarts in range(5):
+            wait_until(lambda: states(server)["one"] == "ready", timeout_s=60)
+            assert restarts(server, "one") == num_restarts
+            kill_worker(server, "one")
+            wait_until(lambda: states(server)["one"] != "ready")
+        wait_until(lambda: states(server) == {"one": "dead", "other": "ready"})
+        assert (server.health(), server.get("/health/live").status) == (200, 200)
+        refusal = server.post({"model": "one", "prompt": "a"})
+        assert (refusal.status, refusal.error["code"]) == (503, "unavailable")
+        assert server.complete(model="other", prompt="a", max_tokens=1)["model"] == "other"
+        assert server.stderr.count("no other is started") == 1
 
 
 @pytest.mark.parametrize("script", ["refused", "crashes"])
@@ -181,13 +205,15 @@ def test_a_server_none_of_whose_models_loads_ends_with_exit_code_1(tmp_path):
 def test_health_says_who_is_down_when_nobody_serves(tmp_path):
     with running(SCRIPTED, tmp_path, "--models", "one,other") as server:
         wait_until(lambda: states(server) == {"one": "ready", "other": "ready"}, timeout_s=60)
-        pids = [server.get(f"/server_info?model={name}").json["worker_pid"] for name in ("one", "other")]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        for name in ("one", "other"):
+            kill_worker(server, name)
         wait_until(lambda: server.health() == 503)
-        assert server.get("/health").json == {"status": "dead", "models": {"one": "dead", "other": "dead"}}
-        assert server.get("/health/live").status == 503
-        assert not any(map(is_alive, pids))
+        health = server.get("/health")
+        assert health.json["status"] == "restarting"
+        assert health.json["models"] == {"one": "restarting", "other": "restarting"}
+        assert health.headers["retry-after"] == "1"
+        assert server.get("/health/live").status == 200
+        wait_until(lambda: states(server) == {"one": "ready", "other": "ready"}, timeout_s=60)
 
 
 def test_sigterm_waits_for_the_streams_of_every_model(tmp_path):
