@@ -13,7 +13,8 @@ import torch
 from config.errors import SettingsError
 from config.settings import DEFAULT_MEMORY_FRACTION, EngineSettings
 from decoding.attention import AttentionShape
-from decoding.checkpoint import Checkpoint
+from decoding.checkpoint import Checkpoint, ModelShape
+from decoding.draft_checkpoint import Checkpoints
 from decoding.kv_cache import slot_bytes
 
 _CPU_CACHE_BYTES: Final = 1 << 30
@@ -71,18 +72,16 @@ def exceeds_device(num_bytes: int, device: torch.device) -> bool:
 
 
 def plan_capacity(
-    settings: EngineSettings,
-    checkpoint: Checkpoint,
-    shape: AttentionShape,
-    dtype: torch.dtype,
-    device: torch.device,
+    settings: EngineSettings, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device
 ) -> Capacity:
-    """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError."""
-    slot = slot_bytes(num_layers=checkpoint.shape.num_layers, slot_width=shape.slot_width, dtype=dtype)
+    """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError.
+
+    A draft model's cache has the same slots, and takes its part of the memory.
+    """
+    slot = sum(_slot_bytes(checkpoint.shape, dtype) for checkpoint in checkpoints.all)
     affordable = _cache_bytes(device, settings.memory_fraction) // (slot * settings.block_size)
-    max_model_len = _context(
-        settings, checkpoint.shape.max_positions, affordable * settings.block_size, device
-    )
+    longest = checkpoints.full.shape.max_positions
+    max_model_len = _context(settings, longest, affordable * settings.block_size, device)
     per_context = -(-max_model_len // settings.block_size)
     num_blocks = settings.num_blocks or max(per_context, min(per_context * settings.max_num_seqs, affordable))
     if num_blocks < per_context:
@@ -90,6 +89,11 @@ def plan_capacity(
         remedy = f"raise num_blocks to {per_context} or lower max_model_len"
         raise SettingsError(f"{held}, less than max_model_len {max_model_len}: {remedy}")
     return Capacity(max_model_len=max_model_len, block_size=settings.block_size, num_blocks=num_blocks)
+
+
+def _slot_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
+    heads = AttentionShape(shape.num_heads, shape.num_kv_heads, shape.head_width)
+    return slot_bytes(num_layers=shape.num_layers, slot_width=heads.slot_width, dtype=dtype)
 
 
 def _context(settings: EngineSettings, longest: int, affordable_tokens: int, device: torch.device) -> int:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from decoding.acceptance import num_kept
-from decoding.attention import GatherAttention
+from decoding.attention import Attention
+from decoding.draft_model import DraftModel
 from decoding.drafting import EarlyExitDrafter
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan, Reported, Result
@@ -31,11 +32,18 @@ class Cycle:
     """
 
     def __init__(
-        self, model: LlamaDecoder, attention: GatherAttention, *, block_size: int, clock: Callable[[], float]
+        self,
+        model: LlamaDecoder,
+        attention: Attention,
+        *,
+        block_size: int,
+        clock: Callable[[], float],
+        draft_model: DraftModel | None = None,
     ) -> None:
         self._device = model.device
         self._routes = Routes(attention, num_layers=model.num_layers, device=model.device)
         self._drafter = EarlyExitDrafter(model, attention)
+        self._draft_model = draft_model
         self._verifier = Verifier(model, attention)
         self._offsets = np.arange(block_size, dtype=np.int64)
         self._clock = clock
@@ -51,7 +59,13 @@ class Cycle:
         if route.draft_steps:
             drafts = self._drafter.draft(plan, route, slots_BT, fed_N[route.last_fed_B])
             ids_N, exits_MD = torch.cat((fed_N, drafts.ids_M)), drafts.exits_MD
+        has_foreign = bool(plan.model_lengths_B.any())
+        if self._draft_model and has_foreign:
+            ids_N = torch.cat((ids_N, self._draft_model.draft(plan, slots_BT)))
         drafted = self._clock()
+        # Where nobody asks for its drafts this is no cost of drafting: it comes at any draft length.
+        if self._draft_model and not has_foreign:
+            self._draft_model.follow(plan, slots_BT)
         verified = self._verifier.verify(plan, route, slots_BT, ids_N, exits_MD)
         chosen = self._keep(plan, route, ids_N, verified.choices_BQ)
         reported = self._report(plan, route, ids_N, verified, chosen)

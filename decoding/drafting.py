@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from decoding.attention import GatherAttention
+from decoding.attention import Attention
 from decoding.coupling import choose
 from decoding.edits import apply_edits
 from decoding.model import LlamaDecoder
@@ -36,7 +36,7 @@ class Drafts:
 class EarlyExitDrafter:
     """Runs layers 0 … E − 1 and the model's own head, once for each draft (LayerSkip, arXiv 2404.16710, §4.3)."""
 
-    def __init__(self, model: LlamaDecoder, attention: GatherAttention) -> None:
+    def __init__(self, model: LlamaDecoder, attention: Attention) -> None:
         self._model = model
         self._attention = attention
 

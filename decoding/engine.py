@@ -8,27 +8,35 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from config.errors import SettingsError
-from config.setting_types import ExitPolicy
+from config.setting_types import ExitPolicy, LoadFormat
 from config.settings import EngineSettings, default_num_threads
-from decoding.attention import AttentionShape, GatherAttention
+from decoding.attention import Attention, AttentionShape
+from decoding.attentions import make_attention
 from decoding.blocks import BlockPool
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
-from decoding.checkpoint import Checkpoint, open_checkpoint, sampling_defaults, text_assets
-from decoding.controller import DraftChooser
+from decoding.checkpoint import Checkpoint, sampling_defaults, text_assets
+from decoding.choice import DraftChooser
 from decoding.cycle import Cycle
+from decoding.draft_checkpoint import Checkpoints
+from decoding.draft_model import DraftModel
 from decoding.exits import Speculation, resolve_speculation
 from decoding.kv_cache import KVCache
 from decoding.messages import CycleTimes, Decoded, Generate, Limits, Ready, StepReport
-from decoding.model import LlamaDecoder
-from decoding.scheduler import Scheduler, StepLimits
+from decoding.model import LlamaDecoder, Weights
+from decoding.planning import StepLimits
+from decoding.scheduler import Scheduler
 from decoding.warm_up import Warmup
 from decoding.weights import Placement, Progress, load_weights, rotations
+
+_MODEL_DRAFT_LENGTH: Final = 4
+"""As in the published comparisons; the controller measures no separate model."""
 
 
 def _ignore(_stage: str, _fraction: float) -> None:
@@ -37,10 +45,11 @@ def _ignore(_stage: str, _fraction: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What runs plans on a device: the model and its cycle."""
+    """What runs plans on a device: the model, its cycle, and a separate draft model if there is one."""
 
     model: LlamaDecoder
     cycle: Cycle
+    draft_model: LlamaDecoder | None = None
 
 
 class Engine:
@@ -60,18 +69,24 @@ class Engine:
         clock = time.perf_counter
         torch.set_num_threads(settings.num_threads or default_num_threads())
         _check_budget(settings)
-        checkpoint = open_checkpoint(settings.model, revision=settings.revision)
+        checkpoints = Checkpoints.open(settings)
+        checkpoint = checkpoints.full
         # What can be refused is refused before the weights are read, which may take minutes.
         speculation = resolve_speculation(settings, num_layers=checkpoint.shape.num_layers)
         text, sampling = text_assets(checkpoint), sampling_defaults(checkpoint)
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, checkpoint.shape.stored_dtype, device)
-        runtime, capacity = build_runtime(settings, checkpoint, device, dtype, progress)
+        runtime, capacity = build_runtime(settings, checkpoints, device, dtype, progress)
 
         def scheduler(chooser: DraftChooser) -> Scheduler:
             pool = BlockPool(num_blocks=capacity.num_blocks, block_size=capacity.block_size)
             promotes = settings.mixed_exit_layers is ExitPolicy.PROMOTE
-            limits = StepLimits(settings.max_num_seqs, settings.max_num_batched_tokens, promotes)
+            limits = StepLimits(
+                settings.max_num_seqs,
+                settings.max_num_batched_tokens,
+                promotes,
+                model_draft_length=None if checkpoints.draft is None else _model_draft_length(settings),
+            )
             return Scheduler(pool, limits, chooser, device=device, clock=clock)
 
         progress("measuring steps", 0.0)
@@ -110,11 +125,12 @@ class Engine:
             return self.report()
         result = self.runtime.cycle.run(plan)
         decoded = self._scheduler.commit(result)
-        device_s = result.draft_s + result.verify_s
+        host_s = self._clock() - started - result.draft_s - result.verify_s
+        self._scheduler.host_took(host_s)
         times = CycleTimes(
             draft_s=result.draft_s,
             verify_s=result.verify_s,
-            host_s=self._clock() - started - device_s,
+            host_s=host_s,
             num_tokens=plan.num_tokens,
         )
         return StepReport(decoded=decoded, load=self._scheduler.load(), times=times)
@@ -141,34 +157,66 @@ class Engine:
 
 def build_runtime(
     settings: EngineSettings,
-    checkpoint: Checkpoint,
+    checkpoints: Checkpoints,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
 ) -> tuple[Runtime, Capacity]:
-    """The model on its device, its cache beside it, and what the cache holds."""
+    """The models on their device, their caches beside them, and what a cache holds."""
+    num_bytes = sum(weight_bytes(checkpoint, dtype) for checkpoint in checkpoints.all)
+    offloads = settings.loader == "accelerate" or exceeds_device(num_bytes, device)
+    are_drawn = settings.load_format is LoadFormat.DUMMY
+    placement = Placement(device=device, dtype=dtype, are_drawn=are_drawn)
+    weights = [_load(checkpoint, placement, progress, offloads=offloads) for checkpoint in checkpoints.all]
+    capacity = plan_capacity(settings, checkpoints, dtype, device)
+    (model, attention), *others = [
+        build_decoder(settings, checkpoint, capacity, of_checkpoint)
+        for checkpoint, of_checkpoint in zip(checkpoints.all, weights, strict=True)
+    ]
+    draft_model = DraftModel(*others[0]) if others else None
+    cycle = Cycle(
+        model,
+        attention,
+        block_size=capacity.block_size,
+        clock=time.perf_counter,
+        draft_model=draft_model,
+    )
+    return Runtime(model, cycle, draft_model.model if draft_model else None), capacity
+
+
+def build_decoder(
+    settings: EngineSettings, checkpoint: Checkpoint, capacity: Capacity, weights: Weights
+) -> tuple[LlamaDecoder, Attention]:
+    """A model of these weights, with a cache of its own."""
     sizes = checkpoint.shape
+    device, dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
     shape = AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_width)
-    with tempfile.TemporaryDirectory(prefix="layerskip-offload-") as folder:
-        offloads = settings.loader == "accelerate" or exceeds_device(weight_bytes(checkpoint, dtype), device)
-        placement = Placement(device=device, dtype=dtype, offload_folder=Path(folder) if offloads else None)
-        weights = load_weights(checkpoint, placement, progress)
-    capacity = plan_capacity(settings, checkpoint, shape, dtype, device)
-    attention = GatherAttention(
+    attention = make_attention(
+        settings.attention,
         shape=shape,
         cache=KVCache(
-            num_layers=sizes.num_layers,
+            num_layers=len(weights.layers),
             num_slots=capacity.num_slots,
             slot_width=shape.slot_width,
             dtype=dtype,
             device=device,
         ),
         rotations_TF=rotations(checkpoint, capacity.max_model_len, device, dtype),
-        dtype=dtype,
+        block_size=capacity.block_size,
     )
-    model = LlamaDecoder(weights, attention)
-    cycle = Cycle(model, attention, block_size=capacity.block_size, clock=time.perf_counter)
-    return Runtime(model=model, cycle=cycle), capacity
+    return LlamaDecoder(weights, attention), attention
+
+
+def _load(checkpoint: Checkpoint, placement: Placement, progress: Progress, *, offloads: bool) -> Weights:
+    with tempfile.TemporaryDirectory(prefix="layerskip-offload-") as folder:
+        return load_weights(
+            checkpoint, replace(placement, offload_folder=Path(folder) if offloads else None), progress
+        )
+
+
+def _model_draft_length(settings: EngineSettings) -> int:
+    """What a separate model drafts for requests that leave it open."""
+    return min(_MODEL_DRAFT_LENGTH, settings.max_draft_length)
 
 
 def _check_budget(settings: EngineSettings) -> None:
@@ -219,4 +267,5 @@ def _limits(
         default_exit_layer=speculation.exit_layer,
         default_draft_length=speculation.draft_length,
         max_draft_length=settings.max_draft_length,
+        has_draft_model=settings.draft_model is not None,
     )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding.attention import GatherAttention, Queries
+from decoding.attention import Attention, Queries
 from decoding.linear import Linear
 
 
@@ -66,7 +66,7 @@ class Weights:
 class LlamaDecoder:
     """Runs layers first..last of a Llama-architecture model on hidden states of ragged tokens."""
 
-    def __init__(self, weights: Weights, attention: GatherAttention) -> None:
+    def __init__(self, weights: Weights, attention: Attention) -> None:
         self._weights = weights
         self._attention = attention
         self.num_layer_calls = 0

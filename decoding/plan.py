@@ -47,14 +47,26 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True)
+class Following:
+    """What a separate draft model lacks of the known tokens: row b's `counts_B[b]` ≥ 1 from position `starts_B[b]`
+    on, the last known one included.
+    """
+
+    ids_N: Ints
+    counts_B: Ints
+    starts_B: Ints
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One step for B rows. Row b is fed `num_fed_B[b]` ≥ 1 known tokens from position `num_computed_B[b]` on.
 
     A row whose known tokens are all fed `chooses` its next token; the others are chunks of a longer prompt.
     The last `num_looked_up_B[b]` of the fed are not known but drafts that were looked up; they run from layer
     0 on. A row with one token pending may draft: `draft_lengths_B[b]` tokens at `exit_layers_B[b]`; draft length 0
-    is plain decoding. Rows come in the order of falling draft lengths. `edited` and `wanted` are None for rows
-    that asked for nothing.
+    is plain decoding. Rows come in the order of falling draft lengths. Or a separate draft model drafts
+    `model_lengths_B[b]` tokens for it, which run from layer 0 on; `following` is None without such a model.
+    `edited` and `wanted` are None for rows that asked for nothing.
     """
 
     sequence_ids: tuple[int, ...]
@@ -64,6 +76,8 @@ class Plan:
     num_computed_B: Ints
     draft_lengths_B: Ints
     exit_layers_B: Ints
+    model_lengths_B: Ints
+    following: Following | None
     chooses_B: np.ndarray[tuple[int], np.dtype[np.bool_]]
     blocks_BW: Ints
     sampling: Sampling
@@ -71,9 +85,15 @@ class Plan:
     wanted: tuple[Wanted | None, ...]
 
     @property
+    def num_made_B(self) -> Ints:
+        """Drafts that a model makes for each row in this step."""
+        num_made_B: Ints = self.draft_lengths_B + self.model_lengths_B
+        return num_made_B
+
+    @property
     def num_drafts_B(self) -> Ints:
         """Drafts of each row, whoever made them."""
-        num_drafts_B: Ints = self.draft_lengths_B + self.num_looked_up_B
+        num_drafts_B: Ints = self.num_made_B + self.num_looked_up_B
         return num_drafts_B
 
     @property
@@ -84,7 +104,7 @@ class Plan:
     @property
     def num_tokens(self) -> int:
         """Tokens that the verification pass computes."""
-        return int(self.num_fed_B.sum() + self.draft_lengths_B.sum())
+        return int(self.num_fed_B.sum() + self.num_made_B.sum())
 
 
 @dataclass(frozen=True, slots=True)

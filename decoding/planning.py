@@ -13,7 +13,7 @@ import torch
 from decoding.edits import Edited, Editor
 from decoding.logits import Sampling
 from decoding.messages import Drafter, Generate
-from decoding.plan import Plan, PromptScoring, Wanted
+from decoding.plan import Following, Plan, PromptScoring, Wanted
 from decoding.sequence import Sequence
 
 
@@ -21,33 +21,66 @@ from decoding.sequence import Sequence
 class Share:
     """A sequence's part of the next step: known tokens to feed, and drafts on top, looked up or to be made.
 
-    `exit_layer` is where drafts that are made leave the stack.
+    `exit_layer` is where `draft_length` drafts leave the stack; `model_length` drafts are a separate model's.
     """
 
     sequence: Sequence
     num_fed: int
     exit_layer: int = 1
     draft_length: int = 0
+    model_length: int = 0
     looked_up: tuple[int, ...] = ()
 
     @property
     def num_drafts(self) -> int:
-        """Drafts of either kind; never of both."""
-        return self.draft_length + len(self.looked_up)
+        """Drafts of any kind; never of two."""
+        return self.draft_length + self.model_length + len(self.looked_up)
+
+    @property
+    def num_followed(self) -> int:
+        """Positions from the first fed one on that a separate draft model has computed after the step.
+
+        It is not fed the last draft that it makes, nor those that others make.
+        """
+        return self.num_fed + max(0, self.model_length - 1)
 
     @property
     def drafter(self) -> Drafter:
         """Who made them."""
         if self.draft_length:
             return Drafter.EARLY_EXIT
+        if self.model_length:
+            return Drafter.MODEL
         return Drafter.LOOKUP if self.looked_up else Drafter.NONE
 
 
-class Plans:
-    """Writes plans for one device, and keeps what consecutive steps of the same rows share."""
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What one step may hold: rows, tokens fed or drafted, and unless it `promotes`, several exit layers.
 
-    def __init__(self, device: torch.device) -> None:
+    `model_draft_length` is how much a separate draft model drafts unless asked; None where there is no such model.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    promotes: bool = False
+    model_draft_length: int | None = None
+
+    @property
+    def has_draft_model(self) -> bool:
+        """Whether a separate draft model follows what is computed."""
+        return self.model_draft_length is not None
+
+
+class Plans:
+    """Writes plans for one device, and keeps what consecutive steps of the same rows share.
+
+    With `follows` they say what a separate draft model lacks.
+    """
+
+    def __init__(self, device: torch.device, *, follows: bool = False) -> None:
         self._device = device
+        self._follows = follows
         self._sampling: tuple[list[Sequence], Sampling] | None = None
 
     def editor(self, request: Generate) -> Editor | None:
@@ -77,6 +110,8 @@ class Plans:
             num_computed_B=np.array([s.num_computed for s in sequences], dtype=np.int64),
             draft_lengths_B=np.array([share.draft_length for share in shares], dtype=np.int64),
             exit_layers_B=np.array([share.exit_layer for share in shares], dtype=np.int64),
+            model_lengths_B=np.array([share.model_length for share in shares], dtype=np.int64),
+            following=_following(shares) if self._follows else None,
             chooses_B=np.array(
                 [share.num_fed == s.num_pending for s, share in zip(sequences, shares, strict=True)]
             ),
@@ -100,6 +135,18 @@ class Plans:
             return None
         known = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self._device)
         return Edited(sequence.editor, known)
+
+
+def _following(shares: list[Share]) -> Following:
+    lacking = [
+        s.token_ids[s.num_followed : s.num_computed + share.num_fed]
+        for s, share in ((share.sequence, share) for share in shares)
+    ]
+    return Following(
+        ids_N=np.array([token_id for ids in lacking for token_id in ids], dtype=np.int64),
+        counts_B=np.array(list(map(len, lacking)), dtype=np.int64),
+        starts_B=np.array([share.sequence.num_followed for share in shares], dtype=np.int64),
+    )
 
 
 def _wanted(share: Share) -> Wanted | None:

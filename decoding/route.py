@@ -9,12 +9,13 @@ Shapes: B rows, P rows still drafting, N tokens of a leg, M positions that choos
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.attention import Arrangement, GatherAttention, context_classes
+from decoding.attention import Arrangement, Attention, context_classes
 from decoding.plan import Plan
 from decoding.ragged import Ints, Ragged
 
@@ -74,10 +75,10 @@ class Places:
 class Route:
     """A step's way through the layers.
 
-    Drafts of all rows lie step after step in one list. `last_fed_B` picks each row's last fed id; `choosing_M` the
-    tokens of the last leg that choose (None: all), of rows `rows_M`, `ahead_M` positions after the row's first
-    computed one; `choices_BQ` picks each row's choices and `drafts_BK`, from fed ids and drafted ids, its drafts,
-    anything past its own.
+    Drafts by early exit lie step after step in one list, and behind them likewise a draft model's. `last_fed_B`
+    picks each row's last fed id; `choosing_M` the tokens of the last leg that choose (None: all), of rows
+    `rows_M`, `ahead_M` positions after the row's first computed one; `choices_BQ` picks each row's choices and
+    `drafts_BK`, from fed ids and drafted ids, its drafts, anything past its own.
     """
 
     places: Places
@@ -95,7 +96,7 @@ class Route:
 class Routes:
     """Makes routes, and keeps the latest: while a batch decodes, step after step has the same shape."""
 
-    def __init__(self, attention: GatherAttention, *, num_layers: int, device: torch.device) -> None:
+    def __init__(self, attention: Attention, *, num_layers: int, device: torch.device) -> None:
         self._attention = attention
         self._num_layers = num_layers
         self._device = device
@@ -103,12 +104,13 @@ class Routes:
 
     def of(self, plan: Plan) -> Route:
         """The route of this plan."""
-        classes_B = context_classes(plan.num_computed_B + plan.num_fed_B + plan.draft_lengths_B)
+        classes_B = context_classes(plan.num_computed_B + plan.num_fed_B + plan.num_made_B)
         arrays = (
             plan.num_fed_B,
             plan.num_looked_up_B,
             plan.draft_lengths_B,
             plan.exit_layers_B,
+            plan.model_lengths_B,
             plan.chooses_B,
             classes_B,
         )
@@ -120,8 +122,8 @@ class Routes:
     def _make(self, plan: Plan, classes_B: Ints) -> Route:
         lengths_B = plan.draft_lengths_B
         num_drafting_K = (lengths_B > np.arange(lengths_B[0])[:, None]).sum(1)
-        drafts = _DraftList(np.cumsum(num_drafting_K) - num_drafting_K)
-        whole = Ragged.of(plan.num_fed_B + lengths_B)
+        drafts = _DraftList.of(plan)
+        whole = Ragged.of(plan.num_fed_B + plan.num_made_B)
         # A row chooses after its last known token and after each of its drafts.
         last_known_B = plan.num_fed_B - plan.num_looked_up_B - 1
         is_choice_N = plan.chooses_B[whole.rows_N] & (whole.steps_N >= last_known_B[whole.rows_N])
@@ -193,25 +195,34 @@ class Routes:
 
 @dataclass(frozen=True, slots=True)
 class _DraftList:
-    """Where each draft lies in the list of all: row b's i-th at `firsts_K[i] + b`."""
+    """Where each draft lies in the list of all: row b's i-th at `places_BK[b, i]`."""
 
-    firsts_K: Ints
+    places_BK: Ints
+
+    @classmethod
+    def of(cls, plan: Plan) -> Self:
+        steps_K1 = np.arange(plan.num_made_B.max())[:, None]
+        is_early_KB, is_foreign_KB = plan.draft_lengths_B > steps_K1, plan.model_lengths_B > steps_K1
+        early_KB = np.cumsum(is_early_KB).reshape(is_early_KB.shape)
+        foreign_KB = is_early_KB.sum() + np.cumsum(is_foreign_KB).reshape(is_early_KB.shape)
+        return cls(np.where(is_foreign_KB, foreign_KB, early_KB).T - 1)
 
     def index(self, rows: Ints, steps: Ints) -> Ints:
-        return self.firsts_K[steps] + rows
+        places: Ints = self.places_BK[rows, steps]
+        return places
 
 
 def _standing(plan: Plan, layer: int) -> Ragged:
     """Which tokens run in `layer`: below its exit layer a drafting row still lacks all but its last draft."""
     is_early_B = (plan.draft_lengths_B > 0) & (plan.exit_layers_B > layer)
-    whole_B = plan.num_fed_B + plan.draft_lengths_B
+    whole_B = plan.num_fed_B + plan.num_made_B
     return Ragged.of(np.where(is_early_B, 1, whole_B), np.where(is_early_B, whole_B - 1, 0))
 
 
 def _drafted(plan: Plan, drafts: _DraftList) -> Ints:
     """Where each row's drafts lie, [B, K]: an index into fed ids, then drafted ids; 0 past a row's own."""
     columns_K = np.arange(plan.num_drafts_B.max())
-    is_made_BK = columns_K < plan.draft_lengths_B[:, None]
+    is_made_BK = columns_K < plan.num_made_B[:, None]
     is_looked_up_BK = columns_K < plan.num_looked_up_B[:, None]
     index_BK: Ints = np.zeros(is_made_BK.shape, dtype=np.int64)
     index_BK[is_made_BK] = plan.num_fed_B.sum() + drafts.index(*is_made_BK.nonzero())
@@ -223,11 +234,14 @@ def _drafted(plan: Plan, drafts: _DraftList) -> Ints:
 
 
 def _entering(plan: Plan, standing: Ragged, drafts: _DraftList) -> Ints:
-    """Fed tokens, and the last draft of each drafting row: an index into fed ids, then drafted ids."""
+    """Fed tokens, the last draft by early exit of each row and all of a draft model's: an index into fed ids, then
+    drafted ids.
+    """
     rows_N, steps_N = standing.rows_N, standing.steps_N
-    is_draft_N = plan.draft_lengths_B[rows_N] > 0
+    ahead_N = steps_N - plan.num_fed_B[rows_N]
+    is_draft_N = ahead_N >= 0
     index_N = (np.cumsum(plan.num_fed_B) - plan.num_fed_B)[rows_N] + steps_N
-    index_N[is_draft_N] = plan.num_fed_B.sum() + drafts.index(rows_N[is_draft_N], steps_N[is_draft_N] - 1)
+    index_N[is_draft_N] = plan.num_fed_B.sum() + drafts.index(rows_N[is_draft_N], ahead_N[is_draft_N])
     return index_N
 
 

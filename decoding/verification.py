@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.attention import GatherAttention
+from decoding.attention import Attention
 from decoding.coupling import choose
 from decoding.edits import apply_edits
 from decoding.logprobs import token_logprobs
@@ -48,14 +48,15 @@ class Verified:
 class Verifier:
     """Runs the full model over fed tokens and drafts, and chooses at every position that may emit."""
 
-    def __init__(self, model: LlamaDecoder, attention: GatherAttention) -> None:
+    def __init__(self, model: LlamaDecoder, attention: Attention) -> None:
         self._model = model
         self._attention = attention
 
     def verify(
         self, plan: Plan, route: Route, slots_BT: Ints, ids_N: Tensor, exits_MD: Tensor | None
     ) -> Verified:
-        """Choose. `ids_N` are the fed ids, then those of early-exit drafts, whose exit hiddens are `exits_MD`.
+        """Choose. `ids_N` are the fed ids, then those of drafts that were made; `exits_MD` are the exit hiddens of
+        those by early exit.
 
         Stores keys and values of all fed tokens and drafts in all layers.
         """
@@ -84,7 +85,8 @@ class Verifier:
     ) -> Tensor:
         """Hidden states after the last layer of every fed token and draft, in row order."""
         entering, *later = route.verify_legs
-        hidden_ND = self._model.embed(ids_N if exits_MD is None else ids_N[entering.join_N])
+        are_all_fed = len(ids_N) == len(plan.fed_N)
+        hidden_ND = self._model.embed(ids_N if are_all_fed else ids_N[entering.join_N])
         for leg in (entering, *later):
             if leg is not entering:
                 assert exits_MD is not None

@@ -68,6 +68,10 @@ def or_auto(chosen: int | None) -> int | str:
 def resolve_speculation(request: GenerationParams, limits: Limits) -> Speculation:
     """Exit layer and draft length, the server's where the request names none. Raises InvalidRequest."""
     exit_layer, draft_length = request.exit_layer, request.draft_length
+    if request.drafter is Drafter.MODEL and not limits.has_draft_model:
+        raise InvalidRequest(
+            '`drafter` "model" needs a server that was started with a draft model', param="drafter"
+        )
     if exit_layer is not None and exit_layer not in limits.allowed_exit_layers:
         allowed = ", ".join(map(str, limits.allowed_exit_layers))
         raise InvalidRequest(f'`exit_layer` must be one of {allowed} or "auto"', param="exit_layer")

@@ -71,6 +71,7 @@ def test_the_limits_themselves_are_allowed(body):
         ({"exit_layer": 99}, "exit_layer", "2, 4, 8"),
         ({"draft_length": 17}, "draft_length", "0 to 16"),
         ({"draft_length": -1}, "draft_length", "0 to 16"),
+        ({"drafter": "model"}, "drafter", "a draft model"),
     ],
 )
 def test_drafts_outside_the_limits_are_refused_with_the_allowed_values(body, param, words):
