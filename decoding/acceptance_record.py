@@ -8,6 +8,7 @@ Shapes: K draft positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,9 @@ from decoding.step_costs import Floats
 _FADING: Final = 0.998
 """What a count is worth after one more cycle of its kind: some five hundred cycles are remembered."""
 
+_COUNTED_TOGETHER: Final = 32
+"""Rows' cycles that are counted at once: counting takes time of the step."""
+
 _LONG_AGO: Final = 0.7
 
 _TRIED: Final = 8.0
@@ -27,7 +31,7 @@ _ROW_FADING: Final = 0.97
 _ROW_PRIOR: Final = 16.0
 """A row's own drafts count fully once there are well more than these."""
 
-_ADVANTAGES: Final = (0.5, 0.7, 0.85, 1.0, 1.1, 1.2)
+_ADVANTAGES: Final = (0.6, 1.0, 1.15)
 """Rows are told apart no finer than this: rows that draft alike are computed together, which costs less."""
 
 _PRIOR: Final = 4.0
@@ -37,7 +41,7 @@ _FIRST_PRIOR: Final = 16.0
 _MOST: Final = 0.98
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RowRecord:
     """How one row's drafts fared, against what all rows' records had expected of them."""
 
@@ -45,18 +49,23 @@ class RowRecord:
     kept: float = 0.0
     expected: float = 0.0
 
-    def record(self, curve_K: Floats, *, drafted: int, kept: int) -> None:
-        """Count a cycle whose drafts were expected to be kept as `curve_K` says."""
+    def record(self, expected: Sequence[float], *, drafted: int, kept: int) -> None:
+        """Count a cycle; `expected[n]` of n drafts that are reached were expected to be kept."""
         reached = min(kept + 1, drafted)
         self.reached = _ROW_FADING * self.reached + reached
         self.kept = _ROW_FADING * self.kept + kept
-        self.expected = _ROW_FADING * self.expected + float(curve_K[:reached].sum())
+        self.expected = _ROW_FADING * self.expected + expected[min(reached, len(expected) - 1)]
+
+    @property
+    def ratio(self) -> float:
+        """Drafts kept to drafts expected to be, drawn towards 1 while little is known."""
+        usual = self.expected / self.reached if self.reached else 1.0
+        return (self.kept + _ROW_PRIOR * usual) / (self.expected + _ROW_PRIOR * usual)
 
     @property
     def advantage(self) -> float:
         """How much likelier than others' this row's drafts are kept, 1 if nothing is known."""
-        usual = self.expected / self.reached if self.reached else 1.0
-        seen = (self.kept + _ROW_PRIOR * usual) / (self.expected + _ROW_PRIOR * usual)
+        seen = self.ratio
         return min(_ADVANTAGES, key=lambda advantage: abs(advantage - seen))
 
 
@@ -74,21 +83,48 @@ class AcceptanceRecord:
         self._first = first_exit_layer, first_acceptance
         self._reached_LK = np.zeros((num_layers, max(1, max_draft_length)))
         self._kept_LK = np.zeros_like(self._reached_LK)
+        self._pending: dict[int, list[tuple[int, int]]] = {}
         self._curves: dict[int, Floats] = {}
+        self._expected: dict[int, list[float]] = {}
 
-    def record(self, exit_layer: int, *, drafted: int, kept: int) -> None:
-        """Count a row's cycle."""
-        self._reached_LK[exit_layer] *= _FADING
-        self._kept_LK[exit_layer] *= _FADING
-        self._reached_LK[exit_layer, : min(kept + 1, drafted)] += 1
-        self._kept_LK[exit_layer, :kept] += 1
-        self._curves.clear()
+    def record(self, exit_layer: int, fates: Sequence[tuple[int, int]]) -> None:
+        """Count the drafted and kept tokens of rows that drafted in one cycle, now or with later ones."""
+        pending = self._pending.setdefault(exit_layer, [])
+        pending += fates
+        if len(pending) >= _COUNTED_TOGETHER:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Count what was recorded."""
+        for exit_layer, fates in self._pending.items():
+            fading = _FADING ** len(fates)
+            self._reached_LK[exit_layer] *= fading
+            self._kept_LK[exit_layer] *= fading
+            reached = [min(kept + 1, drafted) for drafted, kept in fates]
+            self._reached_LK[exit_layer] += self._reaching(reached)
+            self._kept_LK[exit_layer] += self._reaching([kept for _, kept in fates])
+        if self._pending:
+            self._pending.clear()
+            self._curves.clear()
+            self._expected.clear()
+
+    def _reaching(self, counts: list[int]) -> Floats:
+        """How many of these counts reach each position, [K]."""
+        num_positions = self._reached_LK.shape[1]
+        exactly = np.bincount(counts, minlength=num_positions + 1)
+        at_least: Floats = exactly[::-1].cumsum()[::-1][1 : num_positions + 1].astype(np.float64)
+        return at_least
 
     def fade(self) -> None:
         """Believe what was counted less: it was long ago."""
         self._reached_LK *= _LONG_AGO
         self._kept_LK *= _LONG_AGO
         self._curves.clear()
+        self._expected.clear()
+
+    def is_tried(self, exit_layer: int) -> bool:
+        """Whether what is expected of an exit layer was seen rather than guessed."""
+        return self.weight(exit_layer) > _TRIED
 
     def weight(self, exit_layer: int) -> float:
         """How many first drafts of this exit layer are remembered."""
@@ -99,6 +135,12 @@ class AcceptanceRecord:
         if exit_layer not in self._curves:
             self._curves[exit_layer] = self._estimate(exit_layer)
         return self._curves[exit_layer]
+
+    def expected(self, exit_layer: int) -> Sequence[float]:
+        """How many of the first 0 … K drafts are kept, if all of them are reached."""
+        if exit_layer not in self._expected:
+            self._expected[exit_layer] = [0.0, *self.curve(exit_layer).cumsum().tolist()]
+        return self._expected[exit_layer]
 
     def _estimate(self, exit_layer: int) -> Floats:
         reached_K, kept_K = self._reached_LK[exit_layer], self._kept_LK[exit_layer]

@@ -1,27 +1,32 @@
 """Chooses exit layer and draft lengths where a request leaves them open: what gives most tokens a second.
 
-Knows expected costs and acceptance; knows no tokens. No output depends on what it chooses.
-
-Shapes: C kinds of rows, K draft positions, M candidates.
+Knows what is promised and when to look again; knows no tokens. No output depends on what it chooses.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median_high
-from typing import Final, NamedTuple, Protocol, Self
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 
 from decoding.acceptance_record import AcceptanceRecord, RowRecord
+from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, StepOutcome
 from decoding.messages import Drafter
-from decoding.step_costs import Counts, Floats, StepCosts
+from decoding.step_costs import StepCosts
+from decoding.weighing import Batch, Candidate, Weigher, advantages_of
 
 _KEPT_STEPS: Final = 8
-"""A choice is used for so many steps; only the rows' own records still change its draft lengths."""
+"""A choice is used for so many steps: weighing takes time, and steps of one shape share their preparation."""
+
+_LIKE_ENOUGH: Final = 0.25
+"""It serves a batch whose number of rows has changed by this share at most."""
+
+_FIRST_STEPS: Final = 64
+_OBSERVED_STEPS: Final = 4
+"""After the first steps, the times of one in so many are learned from: that takes time too."""
 
 _SEARCH_STEPS: Final = 64
 """How often all exit layers are weighed; in between, the last and its neighbours."""
@@ -30,6 +35,9 @@ _PROBE_STEPS: Final = 256
 """How often something else than the best is tried: a neighbouring exit layer, a draft, or none."""
 
 _SOON_STEPS: Final = 16
+_SURPRISING: Final = 0.5
+"""Where nothing is drafted, a probe in which so many more drafts a row are kept than expected is soon repeated."""
+
 _PROBED_STEPS: Final = 4
 _HOPELESS_STEPS: Final = 4096
 _HOPELESS_DRAFTS: Final = 60
@@ -38,156 +46,50 @@ _HOPELESS_DRAFTS: Final = 60
 _WORTH_TRYING: Final = 0.9
 """A neighbouring exit layer that promises less than this share of the best rate is not tried."""
 
-_MOST: Final = 0.98
+_GUESSED: Final = 0.95
+"""What an exit layer promises that was hardly tried is worth so much of what another does."""
+
+_WORTH_CHANGING: Final = 1.02
+"""What is in use stays until something promises so much more."""
+
+_SUREST: Final = 0.98
 """No draft is surer than this."""
+
+_LEAST_LOOKED_UP: Final = 0.25
+"""Looked-up drafts are thought no worse: another text may repeat itself more, and nothing else would show it."""
 
 _MARGIN: Final = 1.01
 """Drafting must promise so much more than plain decoding: its costs are less certain."""
 
-
-ExitLayers = tuple[int, ...]
-"""Sorted; where it says which may be chosen, none means any."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftingRow:
-    """A row that may draft up to `limit` ≥ 1 tokens, and how its drafts fared."""
-
-    limit: int
-    record: RowRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """One exit layer for all rows, and a draft length for each, 0 or more."""
-
-    exit_layer: int
-    draft_lengths: tuple[int, ...]
-
-    @property
-    def mean_draft_length(self) -> float:
-        """Drafts a row makes on average, 0 without rows."""
-        return sum(self.draft_lengths) / max(1, len(self.draft_lengths))
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What a step of rows that only decoded took, each with so many drafts made at one exit layer."""
-
-    exit_layer: int
-    draft_lengths: tuple[int, ...]
-    draft_s: float
-    verify_s: float
-
-
-class DraftChooser(Protocol):
-    """Who chooses what requests leave open."""
-
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
-        """Exit layer, one of these, and draft lengths of rows that draft together."""
-
-    def lookup_length(self, num_rows: int, limit: int) -> int:
-        """How many looked-up drafts to verify in a step of so many rows."""
-
-    def drafted(self, row: RowRecord, exit_layer: int, drafter: Drafter, *, drafted: int, kept: int) -> None:
-        """Learn how a row's drafts fared."""
-
-    def took(self, outcome: StepOutcome) -> None:
-        """Learn what a step took."""
-
-    @property
-    def exit_layer(self) -> int:
-        """The exit layer chosen last."""
-
-    @property
-    def pays(self) -> bool:
-        """Whether any drafting is worth its cost on this checkpoint, as far as is known."""
-
-
-class FixedChoice:
-    """Always the same exit layer and draft length."""
-
-    pays = True
-
-    def __init__(self, *, exit_layer: int, draft_length: int) -> None:
-        self.exit_layer = exit_layer
-        self._draft_length = draft_length
-
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
-        """The one choice, as far as each row may draft; of several exit layers the deepest, which drafts best."""
-        lengths = tuple(min(self._draft_length, row.limit) for row in rows)
-        return Choice(among[-1] if among else self.exit_layer, lengths)
-
-    def lookup_length(self, num_rows: int, limit: int) -> int:
-        """The one draft length."""
-        return min(self._draft_length, limit)
-
-    def drafted(self, row: RowRecord, exit_layer: int, drafter: Drafter, *, drafted: int, kept: int) -> None:
-        """Learn nothing."""
-
-    def took(self, outcome: StepOutcome) -> None:
-        """Learn nothing."""
-
-
-class _Kind(NamedTuple):
-    """Rows that are alike: how much likelier than others' their drafts are kept, and how many they may make."""
-
-    advantage: float
-    limit: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The kinds of row in a batch, and how many rows are of each: C kinds."""
-
-    kinds: tuple[_Kind, ...]
-    counts_C: Counts
-
-    @classmethod
-    def of(cls, kinds: Sequence[_Kind]) -> Self:
-        """Rows by their kind; those that are alike draft alike, which also computes faster than odd lengths do."""
-        counts = Counter(kinds)
-        return cls(tuple(counts), np.array(list(counts.values()), dtype=np.int64))
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of all kinds."""
-        return int(self.counts_C.sum())
-
-    def kept_probabilities(self, curve_K: Floats) -> Floats:
-        """Probability that a run of drafts is kept up to each position, [C, K]; 0 beyond what a row may draft."""
-        limits_C = np.array([kind.limit for kind in self.kinds])
-        advantages_C = np.array([kind.advantage for kind in self.kinds])
-        longest = int(limits_C.max())
-        each_CK = np.minimum(advantages_C[:, None] * curve_K[:longest], _MOST)
-        may_draft_CK = np.arange(longest) < limits_C[:, None]
-        kept_CK: Floats = np.where(may_draft_CK, each_CK.cumprod(axis=1), 0.0)
-        return kept_CK
+_USUAL: Final = 1.0
+"""The advantage of a row of which nothing is known."""
 
 
 @dataclass(slots=True)
 class _Standing:
-    """A choice in use: drafts are made where all of a run are kept with at least this probability."""
+    """A choice in use, and what rows get: those that came since, what an unknown row would."""
 
     exit_layer: int
-    least: float
+    by_advantage: dict[float, int]
+    by_row: dict[RowRecord, int]
     num_rows: int
     steps_left: int
 
+    def serves(self, num_rows: int) -> bool:
+        """Whether it still stands."""
+        return self.steps_left > 0 and abs(num_rows - self.num_rows) <= _LIKE_ENOUGH * self.num_rows
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    exit_layer: int
-    least: float
-    rate: float
+    def length(self, row: DraftingRow) -> int:
+        """How much a row drafts."""
+        wanted = self.by_row.get(row.record)
+        if wanted is None:
+            nearest = min(self.by_advantage, key=lambda advantage: abs(advantage - _USUAL))
+            wanted = self.by_row[row.record] = self.by_advantage[nearest]
+        return min(wanted, row.limit)
 
 
 class Controller:
-    """Maximises expected tokens over expected seconds, from costs and acceptance that it keeps current.
-
-    For one exit layer the drafts worth making are those likeliest to be kept: the candidates are all drafts of all
-    rows that are kept with at least some probability.
-    """
+    """Maximises expected tokens over expected seconds, from costs and acceptance that it keeps current."""
 
     def __init__(
         self,
@@ -200,77 +102,112 @@ class Controller:
     ) -> None:
         self._costs = costs
         self._record = record
+        self._weigher = Weigher(costs, record)
         self._exit_layers = tuple(exit_layers)
         self._max_draft_length = max_draft_length
         self._standing: dict[ExitLayers, _Standing] = {}
+        self._settled: dict[ExitLayers, _Standing] = {}
         self._lookups = RowRecord()
         self._num_steps = 0
         self._probe_steps = _SOON_STEPS
         self._next_probe = _SOON_STEPS
         self._next_search = 0
         self._is_plains_turn = False
+        self._is_plain = False
         self._num_drafts = 0
+        self._num_lookups = 0
+        self._num_observed = 0
+        self._first_exit_layer = first_exit_layer
         self.exit_layer = first_exit_layer
         self.pays = True
 
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
+    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
         """What promises most tokens a second; now and then something else, to learn whether it would."""
         self._num_steps += 1
-        advantages = [row.record.advantage for row in rows]
-        # Rows that run ahead of most others end early, and leave these to a smaller batch.
-        usual = median_high(advantages)
-        kinds = [
-            _Kind(min(advantage, usual), min(row.limit, self._max_draft_length))
-            for advantage, row in zip(advantages, rows, strict=True)
-        ]
         standing = self._standing.get(among)
-        if standing is None or standing.num_rows != len(rows) or standing.steps_left <= 0:
-            standing = self._standing[among] = self._decide(_Batch.of(kinds), among)
+        if standing is None or not standing.serves(len(rows) + num_others):
+            standing = self._standing[among] = self._decide(rows, among, num_others)
         standing.steps_left -= 1
         if not among:
             self.exit_layer = standing.exit_layer
-        curve = self._record.curve(standing.exit_layer).tolist()
-        lengths = {kind: _length(kind, curve, standing.least) for kind in set(kinds)}
-        return Choice(standing.exit_layer, tuple(lengths[kind] for kind in kinds))
+        return Choice(standing.exit_layer, tuple(map(standing.length, rows)))
 
     def lookup_length(self, num_rows: int, limit: int) -> int:
         """Drafts that were looked up cost no layers before they are verified."""
-        rate = min(max(0.5 * self._lookups.advantage, 0.05), 0.98)
+        rate = min(max(0.5 * self._lookups.ratio, _LEAST_LOOKED_UP), _SUREST)
         lengths = np.arange(min(limit, self._max_draft_length) + 1)
         expected = np.cumsum(np.power(rate, lengths))
-        seconds = self._costs.verify_s(1, num_rows, num_rows * (1 + lengths))
-        return int((expected / seconds).argmax())
+        seconds = self._costs.verify_s(1, num_rows, num_rows * (1 + lengths)) + self._costs.host_s(num_rows)
+        best = int((expected / seconds).argmax())
+        self._num_lookups += 1
+        # Once in a while one draft is tried where none pays, to learn whether it would by now.
+        return best or min(limit, int(self._num_lookups % _PROBE_STEPS == 0))
 
-    def drafted(self, row: RowRecord, exit_layer: int, drafter: Drafter, *, drafted: int, kept: int) -> None:
-        """Count a cycle for its row and for all."""
+    def drafted(self, exit_layer: int, drafter: Drafter, fates: Sequence[Fate]) -> None:
+        """Count cycles for their rows and for all."""
         if drafter is Drafter.EARLY_EXIT:
-            row.record(self._record.curve(exit_layer), drafted=drafted, kept=kept)
-            self._record.record(exit_layer, drafted=drafted, kept=kept)
-            self._num_drafts += drafted
+            expected = self._record.expected(exit_layer)
+            surprise = 0.0
+            for row, drafted, kept in fates:
+                row.record(expected, drafted=drafted, kept=kept)
+                self._num_drafts += drafted
+                surprise += kept - expected[min(kept + 1, drafted, len(expected) - 1)]
+            if self._is_plain and surprise > _SURPRISING * len(fates):
+                self._probe_steps = _SOON_STEPS
+                self._next_probe = min(self._next_probe, self._num_steps + _SOON_STEPS)
+            self._record.record(exit_layer, [(drafted, kept) for _, drafted, kept in fates])
         elif drafter is Drafter.LOOKUP:
-            self._lookups.record(np.full(drafted, 0.5), drafted=drafted, kept=kept)
+            for _, drafted, kept in fates:
+                halves = [0.5 * count for count in range(drafted + 1)]
+                self._lookups.record(halves, drafted=drafted, kept=kept)
 
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
+        self._num_observed += 1
+        if self._num_observed > _FIRST_STEPS and self._num_observed % _OBSERVED_STEPS:
+            return
         self._costs.observe(
             outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
         )
 
-    def _decide(self, batch: _Batch, among: ExitLayers) -> _Standing:
+    def host_took(self, num_rows: int, host_s: float) -> None:
+        """Keep the costs current."""
+        self._costs.observe_host(num_rows, host_s)
+
+    def _decide(self, rows: Sequence[DraftingRow], among: ExitLayers, num_others: int) -> _Standing:
+        self._record.refresh()
+        batch = Batch.of(rows, longest=self._max_draft_length, num_others=num_others)
         layers = among or self._layers_to_weigh()
-        candidates = {layer: self._best_at(layer, batch) for layer in layers}
-        best = max(candidates.values(), key=lambda candidate: candidate.rate)
-        plain = batch.num_rows / self._costs.plain_s(batch.num_rows)
-        drafts = best.rate > _MARGIN * plain
+        candidates = {layer: self._weigher.best_at(layer, batch) for layer in layers}
+        best = max(candidates.values(), key=self._worth)
+        plain = self._weigher.rated(Candidate(best.exit_layer, (0,) * len(batch.advantages), 0.0), batch)
+        found = best if best.rate > _MARGIN * plain.rate else plain
+        chosen = self._unless_like(among, found, batch)
+        drafts = chosen.drafts
+        self._is_plain = not drafts
         if not among and batch.num_rows == 1:
             self.pays = drafts or self._num_drafts < _HOPELESS_DRAFTS
-        chosen, steps = best, _KEPT_STEPS
-        if not drafts:
-            chosen = _Candidate(best.exit_layer, np.inf, plain)
         if self._num_steps >= self._next_probe:
             self._plan_probe(drafts=drafts)
-            chosen, steps = self._other(best, candidates, drafts=drafts), _PROBED_STEPS
-        return _Standing(chosen.exit_layer, chosen.least, batch.num_rows, steps)
+            other = self._other(best, plain, candidates, drafts=drafts)
+            return _standing(other, batch, rows, _PROBED_STEPS)
+        self._settled[among] = standing = _standing(chosen, batch, rows, _KEPT_STEPS)
+        return standing
+
+    def _worth(self, candidate: Candidate) -> float:
+        """Promises that rest on guesses are worth less; no worth is lost where a choice must begin."""
+        layer = candidate.exit_layer
+        is_known = layer == self._first_exit_layer or self._record.is_tried(layer)
+        return candidate.rate * (1.0 if is_known else _GUESSED)
+
+    def _unless_like(self, among: ExitLayers, found: Candidate, batch: Batch) -> Candidate:
+        """What was found, unless what is in use promises about as much: changing costs time too."""
+        settled = self._settled.get(among)
+        if settled is None or not set(batch.advantages) <= settled.by_advantage.keys():
+            return found
+        lengths = tuple(min(settled.by_advantage[advantage], batch.longest) for advantage in batch.advantages)
+        known = self._weigher.rated(Candidate(settled.exit_layer, lengths, 0.0), batch)
+        return found if found.rate > _WORTH_CHANGING * known.rate else known
 
     def _layers_to_weigh(self) -> Sequence[int]:
         """Now and then all exit layers, else those beside the last: weighing takes time of the step."""
@@ -288,12 +225,14 @@ class Controller:
         if drafts:
             self._probe_steps = _SOON_STEPS
 
-    def _other(self, best: _Candidate, candidates: dict[int, _Candidate], *, drafts: bool) -> _Candidate:
+    def _other(
+        self, best: Candidate, plain: Candidate, candidates: dict[int, Candidate], *, drafts: bool
+    ) -> Candidate:
         """Something else than what is chosen, worth learning about."""
         if not drafts:
             # Are they kept by now, and cost what they did? What was seen long ago says less of that.
             self._record.fade()
-            return best if self.pays else _Candidate(best.exit_layer, 0.0, 0.0)
+            return best if self.pays and best.drafts else replace(plain, lengths=(1,) * len(plain.lengths))
         layers = sorted(candidates)
         place = layers.index(best.exit_layer)
         beside = [
@@ -302,36 +241,12 @@ class Controller:
         hopeful = [other for other in beside if other.rate > _WORTH_TRYING * best.rate]
         least_known = min(hopeful, key=lambda other: self._record.weight(other.exit_layer), default=None)
         self._is_plains_turn = not self._is_plains_turn
-        if least_known is None or self._is_plains_turn:
-            return _Candidate(best.exit_layer, np.inf, 0.0)
-        return least_known
-
-    def _best_at(self, exit_layer: int, batch: _Batch) -> _Candidate:
-        """The best least probability, among those of all drafts at this exit layer, of the drafts to make."""
-        kept_CK = batch.kept_probabilities(self._record.curve(exit_layer))
-        order_M = np.argsort(-kept_CK, axis=None, kind="stable")[: np.count_nonzero(kept_CK)]
-        if not len(order_M):
-            return _Candidate(exit_layer, np.inf, 0.0)
-        longest = kept_CK.shape[1]
-        probabilities_M = kept_CK.ravel()[order_M]
-        rows_M = batch.counts_C[order_M // longest]
-        is_at_MK = (order_M % longest)[:, None] == np.arange(longest)
-        drafting_MK: Counts = (rows_M[:, None] * is_at_MK).cumsum(axis=0)
-        num_tokens_M = batch.num_rows + rows_M.cumsum()
-        seconds_M = self._costs.draft_s(exit_layer, drafting_MK).sum(axis=1)
-        seconds_M += self._costs.verify_s(exit_layer, batch.num_rows, num_tokens_M)
-        rates_M = (batch.num_rows + (rows_M * probabilities_M).cumsum()) / seconds_M
-        best = int(rates_M.argmax())
-        return _Candidate(exit_layer, float(probabilities_M[best]), float(rates_M[best]))
+        return plain if least_known is None or self._is_plains_turn else least_known
 
 
-def _length(kind: _Kind, curve: Sequence[float], least: float) -> int:
-    """How far a run is kept with at least this probability."""
-    probability, length = 1.0, 0
-    most = 1 if least == 0.0 else kind.limit
-    for each in curve[:most]:
-        probability *= min(kind.advantage * each, _MOST)
-        if probability < least:
-            break
-        length += 1
-    return length
+def _standing(chosen: Candidate, batch: Batch, rows: Sequence[DraftingRow], steps: int) -> _Standing:
+    by_advantage = dict(zip(batch.advantages, chosen.lengths, strict=True))
+    by_row = {
+        row.record: by_advantage[advantage] for row, advantage in zip(rows, advantages_of(rows), strict=True)
+    }
+    return _Standing(chosen.exit_layer, by_advantage, by_row, batch.num_rows, steps)

@@ -35,6 +35,7 @@ class Sampling:
     any_sampled: bool
     all_sampled: bool
     any_truncated: bool
+    any_top_k: bool
     any_min_p: bool
 
     @classmethod
@@ -53,6 +54,7 @@ class Sampling:
             any_sampled=bool(sampled.any()),
             all_sampled=bool(sampled.all()),
             any_truncated=bool((((table[:, 1] > 0) | (table[:, 2] < 1)) & sampled).any()),
+            any_top_k=bool(((table[:, 1] > 0) & sampled).any()),
             any_min_p=bool(((table[:, 3] > 0) & sampled).any()),
         )
 
@@ -103,32 +105,41 @@ def _truncate(scores_NV: Tensor, sampling: Sampling) -> None:
     """Keep the `top_k` best, then the fewest whose probabilities reach `top_p`."""
     vocab_size = scores_NV.shape[-1]
     # Ranking a whole vocabulary costs more than a layer; on a CPU the cut is first sought among the best.
-    for width in (_FIRST_RANKED, vocab_size) if scores_NV.device.type == "cpu" else (vocab_size,):
-        cut = _cut(scores_NV, sampling, min(width, vocab_size))
-        if cut is not None:
-            scores_NV.masked_fill_(scores_NV < cut[:, None], -torch.inf)
-            return
+    width = min(_FIRST_RANKED, vocab_size) if scores_NV.device.type == "cpu" else vocab_size
+    cut_N, is_found_N = _cut(scores_NV, sampling, width)
+    if width < vocab_size and not bool(is_found_N.all()):
+        left_M = (~is_found_N).nonzero()[:, 0]
+        cut_N[left_M] = _cut(scores_NV[left_M], sampling.take(left_M), vocab_size)[0]
+    scores_NV.masked_fill_(scores_NV < cut_N[:, None], -torch.inf)
 
 
-def _cut(scores_NV: Tensor, sampling: Sampling, width: int) -> Tensor | None:
-    """The lowest score [N] that each row keeps; None if it is not among the `width` best of every row."""
+def _cut(scores_NV: Tensor, sampling: Sampling, width: int) -> tuple[Tensor, Tensor]:
+    """The lowest score [N] that each row keeps, and whether [N] it is among the `width` best: if not, the first
+    means nothing.
+    """
     is_whole = width == scores_NV.shape[-1]
     ranked_NW = _ranked(scores_NV) if is_whole else scores_NV.topk(width).values
-    ranks_W = torch.arange(width, device=scores_NV.device)
-    has_top_k_N = sampling.top_ks_N > 0
-    outside_NW = has_top_k_N[:, None] & (ranks_W >= sampling.top_ks_N[:, None])
-    inside_NW = ranked_NW.masked_fill(outside_NW, -torch.inf)
-    total_N = torch.where(has_top_k_N, inside_NW.logsumexp(-1), scores_NV.logsumexp(-1))
+    total_N = scores_NV.logsumexp(-1)
+    top_ps_N = torch.where(sampling.top_ps_N < 1, sampling.top_ps_N, torch.inf).to(scores_NV)
+    is_free_N = sampling.top_ps_N >= 1
+    inside_NW = ranked_NW
+    if sampling.any_top_k:
+        has_top_k_N = sampling.top_ks_N > 0
+        most_N = torch.where(has_top_k_N, sampling.top_ks_N, scores_NV.shape[-1])
+        ranks_W = torch.arange(width, device=scores_NV.device)
+        inside_NW = ranked_NW.masked_fill(ranks_W >= most_N[:, None], -torch.inf)
+        total_N = torch.where(has_top_k_N, inside_NW.logsumexp(-1), total_N)
     probabilities_NW = (inside_NW - total_N[:, None]).exp_()
     mass_before_NW = probabilities_NW.cumsum(-1).sub_(probabilities_NW)
-    top_ps_N = torch.where(sampling.top_ps_N < 1, sampling.top_ps_N, torch.inf).to(scores_NV)
     # The best token always stays, also where a tiny top_p has become 0 in this dtype.
-    num_kept_N = ((mass_before_NW < top_ps_N[:, None]) & ~outside_NW).sum(-1).clamp_(min=1)
-    is_free_N = ~has_top_k_N & (sampling.top_ps_N >= 1)
-    is_settled_N = is_free_N | torch.where(has_top_k_N, sampling.top_ks_N <= width, num_kept_N < width)
-    if not is_whole and not bool(is_settled_N.all()):
-        return None
-    return ranked_NW.gather(-1, (num_kept_N - 1)[:, None])[:, 0].masked_fill(is_free_N, -torch.inf)
+    num_kept_N = (mass_before_NW < top_ps_N[:, None]).sum(-1).clamp_(min=1)
+    is_found_N = num_kept_N < width
+    if sampling.any_top_k:
+        num_kept_N = torch.minimum(num_kept_N, most_N)
+        is_found_N = torch.where(has_top_k_N, sampling.top_ks_N <= width, is_found_N)
+        is_free_N = is_free_N & ~has_top_k_N
+    cut_N = ranked_NW.gather(-1, (num_kept_N - 1)[:, None])[:, 0].masked_fill(is_free_N, -torch.inf)
+    return cut_N, is_found_N | is_free_N
 
 
 def _ranked(scores_NV: Tensor) -> Tensor:

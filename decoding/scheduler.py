@@ -7,27 +7,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
 from decoding.blocks import BlockPool, PrefixHit, num_publishable
-from decoding.controller import DraftChooser
+from decoding.choice import DraftChooser
 from decoding.lookup import NgramIndex
 from decoding.messages import Decoded, Drafter, FinishReason, Generate, Load
 from decoding.plan import Plan, Reported, Result
-from decoding.planning import Plans, Share
+from decoding.planning import Plans, Share, StepLimits
 from decoding.sequence import Sequence
 from decoding.speculation import Speculator
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """What one step may hold: rows, tokens fed or drafted, and unless it `promotes`, several exit layers."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    promotes: bool = False
 
 
 class Scheduler:
@@ -47,13 +37,19 @@ class Scheduler:
         clock: Callable[[], float],
     ) -> None:
         self._pool = pool
-        self._speculator = Speculator(chooser, extend=self._extend, promotes=limits.promotes)
+        self._speculator = Speculator(
+            chooser,
+            extend=self._extend,
+            promotes=limits.promotes,
+            model_draft_length=limits.model_draft_length or 0,
+        )
         self._limits = limits
-        self._plans = Plans(device)
+        self._plans = Plans(device, follows=limits.has_draft_model)
         self._clock = clock
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._planned: list[Share] = []
+        self._num_rows = 0
         self._num_preemptions = 0
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
@@ -108,12 +104,17 @@ class Scheduler:
     def commit(self, result: Result) -> list[Decoded]:
         """Apply the planned step's result; one event for each row that has chosen tokens."""
         events = []
+        self._num_rows = len(self._planned)
         self._speculator.learn(self._planned, result)
         for share, chosen, reported in zip(self._planned, result.chosen, result.reported, strict=True):
             if share.sequence.block_ids:
                 events += self._commit_row(share, chosen, reported or Reported())
         self._planned = []
         return events
+
+    def host_took(self, host_s: float) -> None:
+        """Learn what the step just committed took beside drafting and verifying."""
+        self._speculator.host_took(self._num_rows, host_s)
 
     def load(self) -> Load:
         """How full the batch, the queue and the pool are."""
@@ -213,7 +214,7 @@ class Scheduler:
         sequence.block_ids = self._pool.acquire(hit)
         sequence.chain = hit.chain
         sequence.num_published = len(hit.block_ids)
-        sequence.num_computed = len(hit.block_ids) * self._pool.block_size
+        sequence.num_computed = sequence.num_followed = len(hit.block_ids) * self._pool.block_size
         if sequence.queued_s is None:
             sequence.queued_s = self._clock() - sequence.arrived_s
             sequence.num_cached_tokens = sequence.num_computed
@@ -225,14 +226,15 @@ class Scheduler:
     def _commit_row(self, share: Share, chosen: tuple[int, ...], reported: Reported) -> list[Decoded]:
         sequence = share.sequence
         sequence.prompt_logprobs += reported.prompt_logprobs
+        followed = sequence.num_computed + share.num_followed
         if not chosen:
             sequence.num_computed += share.num_fed
-            self._publish(sequence)
+            self._publish(sequence, followed)
             return []
         emitted, reason = self._append(sequence, chosen)
         # All known tokens but the newest were fed or drafted, and so computed.
         sequence.num_computed = len(sequence.token_ids) - 1
-        self._publish(sequence)
+        self._publish(sequence, followed)
         request, is_later = sequence.request, sequence.is_announced
         event = Decoded(
             sequence_id=request.sequence_id,
@@ -264,9 +266,11 @@ class Scheduler:
                 return list(chosen[:count]), reason
         return list(chosen), None
 
-    def _publish(self, sequence: Sequence) -> None:
-        size = self._pool.block_size
-        full = num_publishable(num_computed=sequence.num_computed, block_size=size)
+    def _publish(self, sequence: Sequence, followed: int) -> None:
+        """Share full blocks that are computed, by a draft model too, which has computed `followed` positions."""
+        size, computed = self._pool.block_size, sequence.num_computed
+        sequence.num_followed = min(computed, followed) if self._limits.has_draft_model else computed
+        full = num_publishable(num_computed=sequence.num_followed, block_size=size)
         for index in range(sequence.num_published, full):
             sequence.chain = self._pool.publish(
                 sequence.block_ids[index],

@@ -6,9 +6,9 @@ Knows who drafts how much; knows nothing of how drafts are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from typing import Final, NamedTuple
 
-from decoding.controller import Choice, DraftChooser, DraftingRow, ExitLayers, StepOutcome
+from decoding.choice import Choice, DraftChooser, DraftingRow, ExitLayers, Fate, StepOutcome
 from decoding.messages import Drafter
 from decoding.plan import Result
 from decoding.planning import Share
@@ -18,6 +18,16 @@ Extend = Callable[[Stream, int], bool]
 """Gives a sequence blocks for so many more tokens, or none and False."""
 
 
+_BY_EARLY_EXIT: Final = (Drafter.EARLY_EXIT, Drafter.HYBRID)
+
+
+class _Wish(NamedTuple):
+    """What a row would draft by early exit."""
+
+    exit_layer: int
+    length: int
+
+
 class Speculator:
     """Spends what a step has left on drafts. Changes no sequence but for its blocks, by way of `extend`.
 
@@ -25,10 +35,13 @@ class Speculator:
     most promising of those. `latest` is what the chooser chose last.
     """
 
-    def __init__(self, chooser: DraftChooser, *, extend: Extend, promotes: bool) -> None:
+    def __init__(
+        self, chooser: DraftChooser, *, extend: Extend, promotes: bool, model_draft_length: int = 0
+    ) -> None:
         self._chooser = chooser
         self._extend = extend
         self._promotes = promotes
+        self._model_draft_length = model_draft_length
         self.latest = Choice(exit_layer=0, draft_lengths=())
 
     @property
@@ -41,27 +54,28 @@ class Speculator:
         drafting = [
             share for share in shares if share.sequence.num_pending == 1 and share.sequence.num_remaining > 1
         ]
-        wishes = {share.sequence.request.sequence_id: share for share in self._wishes(drafting)}
+        wishes = dict(self._wishes(drafting))
         added = []
         for share in shares:
             request = share.sequence.request
-            plain = replace(share, exit_layer=request.exit_layer or self._chooser.exit_layer)
             wish = wishes.get(request.sequence_id)
-            added.append(plain if wish is None else self._fulfil(plain, wish, budget, num_rows=len(drafting)))
-            budget -= added[-1].num_drafts
+            if wish is None:
+                exit_layer = request.exit_layer or self._chooser.exit_layer
+                added.append(Share(share.sequence, share.num_fed, exit_layer))
+            else:
+                added.append(self._fulfil(share, wish, budget, num_rows=len(drafting)))
+                budget -= added[-1].num_drafts
         return added
 
     def learn(self, shares: Sequence[Share], result: Result) -> None:
         """Tell the chooser how the drafts of a step fared and what the step took."""
+        fates: dict[tuple[int, Drafter], list[Fate]] = {}
         for share, chosen in zip(shares, result.chosen, strict=True):
             if share.num_drafts and chosen:
-                self._chooser.drafted(
-                    share.sequence.drafts,
-                    share.exit_layer,
-                    share.drafter,
-                    drafted=share.num_drafts,
-                    kept=len(chosen) - 1,
-                )
+                fate = Fate(share.sequence.drafts, share.num_drafts, len(chosen) - 1)
+                fates.setdefault((share.exit_layer, share.drafter), []).append(fate)
+        for (exit_layer, drafter), of_rows in fates.items():
+            self._chooser.drafted(exit_layer, drafter, of_rows)
         exit_layers = {share.exit_layer for share in shares if share.draft_length}
         if len(exit_layers) <= 1 and all(map(_is_typical, shares)):
             self._chooser.took(
@@ -73,12 +87,21 @@ class Speculator:
                 )
             )
 
-    def _wishes(self, drafting: Sequence[Share]) -> Iterator[Share]:
-        """What each row would draft by early exit if there were no end of budget and blocks."""
-        for among, together in self._groups(drafting):
-            choice = self._choose(among, together)
+    def host_took(self, num_rows: int, host_s: float) -> None:
+        """Tell the chooser what a step took beside drafting and verifying."""
+        self._chooser.host_took(num_rows, host_s)
+
+    def _wishes(self, drafting: Sequence[Share]) -> Iterator[tuple[int, _Wish]]:
+        """What each row would draft by early exit if there were no end of budget and blocks, by sequence id."""
+        exiting = [share for share in drafting if share.sequence.request.drafter in _BY_EARLY_EXIT]
+        for among, together in self._groups(exiting):
+            choice = self._choose(among, together, num_rows=len(drafting))
             for share, length in zip(together, choice.draft_lengths, strict=True):
-                yield replace(share, exit_layer=choice.exit_layer, draft_length=length)
+                yield share.sequence.request.sequence_id, _Wish(choice.exit_layer, length)
+        for share in drafting:
+            request = share.sequence.request
+            if request.drafter not in _BY_EARLY_EXIT:
+                yield request.sequence_id, _Wish(request.exit_layer or self._chooser.exit_layer, 0)
 
     def _groups(self, drafting: Sequence[Share]) -> Iterator[tuple[ExitLayers, Sequence[Share]]]:
         """Rows that draft at one exit layer, and which layers that may be: none where any may."""
@@ -91,48 +114,64 @@ class Speculator:
             together = [share for share in drafting if share.sequence.request.exit_layer == layer]
             yield () if layer is None else (layer,), together
 
-    def _choose(self, among: ExitLayers, together: Sequence[Share]) -> Choice:
+    def _choose(self, among: ExitLayers, together: Sequence[Share], *, num_rows: int) -> Choice:
         """Draft lengths that requests give stand; the others are chosen together."""
         fixed = [share.sequence.request.draft_length for share in together]
         limits = [share.sequence.num_remaining - 1 for share in together]
         is_open = [length is None for length in fixed]
         chosen: Choice | None = None
-        if len(among) != 1 or any(is_open):
+        if any(is_open) or (len(among) != 1 and any(fixed)):
             rows = [
                 DraftingRow(limit, share.sequence.drafts)
                 for limit, share in zip(limits, together, strict=True)
             ]
             candidates = [row for row, left_open in zip(rows, is_open, strict=True) if left_open]
-            chosen = self.latest = self._chooser.choose(candidates or rows, among=among)
+            choosing = candidates or rows
+            chosen = self.latest = self._chooser.choose(
+                choosing, among=among, num_others=num_rows - len(choosing)
+            )
         lengths = iter(chosen.draft_lengths if chosen else ())
         return Choice(
-            exit_layer=chosen.exit_layer if chosen else among[0],
+            exit_layer=chosen.exit_layer if chosen else among[0] if among else self._chooser.exit_layer,
             draft_lengths=tuple(
                 next(lengths) if length is None else min(length, limit)
                 for length, limit in zip(fixed, limits, strict=True)
             ),
         )
 
-    def _fulfil(self, share: Share, wish: Share, budget: int, *, num_rows: int) -> Share:
+    def _fulfil(self, share: Share, wish: _Wish, budget: int, *, num_rows: int) -> Share:
         """The share with drafts of the kind its request asks for, as far as budget and blocks allow."""
         sequence, drafter = share.sequence, share.sequence.request.drafter
         looked_up: tuple[int, ...] = ()
         if sequence.ngrams:
             looked_up = sequence.ngrams.propose(
-                sequence.token_ids, min(self._lookup_length(wish, num_rows), budget)
+                sequence.token_ids, min(self._lookup_length(sequence, num_rows), budget)
             )
-        exits_early = not looked_up and drafter in (Drafter.EARLY_EXIT, Drafter.HYBRID)
-        drafting = replace(
-            wish, looked_up=looked_up, draft_length=min(wish.draft_length, budget) if exits_early else 0
+        exits_early = not looked_up and drafter in _BY_EARLY_EXIT
+        by_model = self._model_length(sequence) if drafter is Drafter.MODEL else 0
+        drafting = Share(
+            sequence,
+            share.num_fed,
+            wish.exit_layer,
+            draft_length=min(wish.length, budget) if exits_early else 0,
+            model_length=min(by_model, budget),
+            looked_up=looked_up,
         )
-        return drafting if self._extend(sequence, 1 + drafting.num_drafts) else share
+        is_possible = self._extend(sequence, 1 + drafting.num_drafts)
+        return drafting if is_possible else Share(sequence, share.num_fed, wish.exit_layer)
 
-    def _lookup_length(self, wish: Share, num_rows: int) -> int:
-        fixed, limit = wish.sequence.request.draft_length, wish.sequence.num_remaining - 1
+    def _model_length(self, sequence: Stream) -> int:
+        """As asked, else always the same: what a separate model's steps cost is not measured."""
+        fixed, limit = sequence.request.draft_length, sequence.num_remaining - 1
+        return min(self._model_draft_length if fixed is None else fixed, limit)
+
+    def _lookup_length(self, sequence: Stream, num_rows: int) -> int:
+        fixed, limit = sequence.request.draft_length, sequence.num_remaining - 1
         return self._chooser.lookup_length(num_rows, limit) if fixed is None else min(fixed, limit)
 
 
 def _is_typical(share: Share) -> bool:
     """Whether a row took the time of a row that only decodes, with drafts by early exit or none."""
     asks_for_more = share.sequence.editor is not None or share.sequence.request.logprobs is not None
-    return share.num_fed == 1 and not share.looked_up and not asks_for_more
+    drafts_otherwise = share.looked_up or share.model_length
+    return share.num_fed == 1 and not drafts_otherwise and not asks_for_more

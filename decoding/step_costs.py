@@ -35,27 +35,35 @@ _MOST_SURPRISING: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """A cycle and its time: every row drafted `draft_length` tokens at `exit_layer`, then all were verified."""
+    """A cycle and its time: every row drafted `draft_length` tokens at `exit_layer`, then all were verified.
+
+    `host_s` is what the step took beside: planning, and committing what it gave.
+    """
 
     num_rows: int
     exit_layer: int
     draft_length: int
     draft_s: float
     verify_s: float
+    host_s: float = 0.0
 
 
 class StepCosts:
-    """Expected seconds of draft steps and of verification passes; `observe` keeps them true to what steps take.
+    """Expected seconds of draft steps, of verification passes and of the host beside them; `observe` and
+    `observe_host` keep them true to what steps take.
 
     A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`. Verifying costs what was measured at one
     exit layer; at another, each layer more or less is one that the pass runs over the last draft alone instead of
     over all positions.
     """
 
-    def __init__(self, head_s_R: Floats, layer_s_R: Floats, verify_s_LRW: Floats) -> None:
+    def __init__(
+        self, head_s_R: Floats, layer_s_R: Floats, verify_s_LRW: Floats, host_s_R: Floats | None = None
+    ) -> None:
         self._head_s_R = head_s_R
         self._layer_s_R = layer_s_R
         self._verify_s_RWL = np.moveaxis(verify_s_LRW, 0, 2).copy()
+        self._host_s_R = np.zeros(len(ROWS)) if host_s_R is None else host_s_R
         self._num_drafted_R = np.zeros(len(ROWS), dtype=np.int64)
         self._num_verified_RW = np.zeros((len(ROWS), len(WIDTHS)), dtype=np.int64)
 
@@ -70,7 +78,7 @@ class StepCosts:
         table_RW = _carried_on(_verify_table(measured))
         head_s_R, layer_s_R = _draft_steps(measured, exit_layer, table_RW[:, 0], num_layers)
         verify_s_LRW = _at_every_exit(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
-        return cls(head_s_R, layer_s_R, verify_s_LRW)
+        return cls(head_s_R, layer_s_R, verify_s_LRW, _host_s(measured))
 
     def draft_s(self, exit_layer: int, num_rows: Counts) -> Floats:
         """Seconds of one draft step of each of these numbers of rows; 0 for no rows."""
@@ -90,6 +98,16 @@ class StepCosts:
         """Seconds of a step that gives each row one token without drafts."""
         return float(self.verify_s(1, num_rows, np.array(num_rows)))
 
+    def host_s(self, num_rows: int) -> float:
+        """Seconds of a step beside drafting and verifying."""
+        return float(np.interp(_place(np.array(num_rows)), np.arange(len(ROWS)), self._host_s_R))
+
+    def observe_host(self, num_rows: int, host_s: float) -> None:
+        """Learn from any step; one that was held up counts little."""
+        nearest = round(float(_place(np.array(num_rows))))
+        known_s = self._host_s_R[nearest]
+        self._host_s_R[nearest] += _PACE * (min(host_s, _MOST_SURPRISING * known_s + _LEAST_S) - known_s)
+
     def observe(
         self, exit_layer: int, draft_lengths: Sequence[int], *, draft_s: float, verify_s: float
     ) -> None:
@@ -104,6 +122,9 @@ class StepCosts:
             nearest = round(float(_place(drafting[:1])[0]))
             _believe(surprise, (self._head_s_R, self._layer_s_R), nearest, self._num_drafted_R)
         num_tokens = np.array(num_rows + int(lengths.sum()))
+        if num_tokens > WIDTHS[-1] * num_rows:
+            # Wider than any time that is kept: the widest would be taken to cost so much.
+            return
         surprise = verify_s / float(self.verify_s(exit_layer, num_rows, num_tokens))
         row = round(float(_place(np.array(num_rows))))
         width = int(np.abs(np.array(WIDTHS) - num_tokens / num_rows).argmin())
@@ -152,6 +173,16 @@ def _never_falling(seconds_N: Floats) -> Floats:
     """No more than what comes later along the last axis: a step that was held up should not look dearer."""
     cleaned_N: Floats = np.minimum.accumulate(seconds_N[..., ::-1], axis=-1)[..., ::-1]
     return cleaned_N
+
+
+def _host_s(measured: Sequence[StepTime]) -> Floats:
+    """Host seconds by rows, whatever was drafted; between and beyond, as measured nearest."""
+    fastest = {
+        rows: min(step.host_s for step in measured if step.num_rows == rows)
+        for rows in sorted({step.num_rows for step in measured})
+    }
+    known_s = np.interp(np.log2(ROWS), np.log2(list(fastest)), list(fastest.values()))
+    return np.asarray(known_s, dtype=np.float64)
 
 
 def _draft_steps(

@@ -12,7 +12,8 @@ from typing import Final
 from config.settings import EngineSettings
 from decoding.acceptance_record import AcceptanceRecord
 from decoding.capacity import Capacity
-from decoding.controller import Controller, DraftChooser, FixedChoice
+from decoding.choice import DraftChooser, FixedChoice
+from decoding.controller import Controller
 from decoding.cycle import Cycle
 from decoding.exits import Speculation
 from decoding.messages import Generate, SamplingParams
@@ -34,10 +35,17 @@ _IN_ORDER: Final = (
 )
 """Rows and draft lengths, what tells most first: time may run out."""
 
-_PROMPT_TOKENS: Final = 16
-"""Enough that attention has something to attend to."""
+_CONTEXT_TOKENS: Final = 80
+_OWN_TOKENS: Final = 4
+"""Enough that attention has something to attend to. All rows share the blocks of their context, computed once."""
+
+_LARGEST_SHARED: Final = 128
+"""Larger blocks are not filled for this."""
 
 _MOST_STEPS: Final = 16
+_PROMPT_STEPS: Final = _MOST_STEPS - _REPEATS - 1
+"""Steps after which every prompt is computed, so that no row ends before the last has begun to decode."""
+
 _BUDGET_S: Final = 1.0
 """What is not measured by then is guessed from what is, and learned from the first requests."""
 
@@ -49,11 +57,12 @@ class Shape:
     num_rows: int
     exit_layer: int
     draft_length: int
+    num_shared: int
 
     @property
     def num_tokens(self) -> int:
         """Tokens that a row may come to."""
-        return _PROMPT_TOKENS + self.num_new
+        return self.num_shared + _OWN_TOKENS + self.num_new
 
     @property
     def num_new(self) -> int:
@@ -61,8 +70,9 @@ class Shape:
         return _MOST_STEPS + self.draft_length + 1
 
     def num_blocks(self, block_size: int) -> int:
-        """Blocks that a row takes at most."""
-        return -(-self.num_tokens // block_size)
+        """Blocks that all rows take at most."""
+        own = self.num_tokens - self.num_shared
+        return self.num_shared // block_size + self.num_rows * -(-own // block_size)
 
 
 MakeScheduler = Callable[[DraftChooser], Scheduler]
@@ -82,7 +92,7 @@ class Warmup:
     ) -> DraftChooser:
         """A controller that knows what steps cost here, or no controller where there is nothing to choose."""
         chosen = self.speculation
-        is_fixed = None not in (chosen.exit_layer, chosen.draft_length)
+        is_fixed = None not in (chosen.exit_layer, chosen.draft_length) or not self.settings.max_draft_length
         measured = [] if is_fixed else list(self._measured(cycle, make_scheduler, clock))
         if not any(step.draft_length for step in measured):
             return FixedChoice(exit_layer=chosen.first_exit_layer, draft_length=chosen.first_draft_length)
@@ -109,52 +119,62 @@ class Warmup:
         for shape in self._shapes():
             if has_drafted and clock() - started > _BUDGET_S:
                 return
-            yield _measure(cycle, make_scheduler, shape)
+            yield _measure(cycle, make_scheduler, shape, clock)
             has_drafted |= shape.draft_length > 0
 
     def _shapes(self) -> Iterator[Shape]:
         """Shapes that fit, those that tell most first."""
         near = self.speculation.first_exit_layer
         longest = self.settings.max_draft_length
+        size = self.capacity.block_size
+        shared = -(-_CONTEXT_TOKENS // size) * size if size <= _LARGEST_SHARED else 0
+        if shared + _OWN_TOKENS + 2 * _MOST_STEPS > self.capacity.max_model_len:
+            shared = 0
         for num_rows, lengths in _IN_ORDER:
-            shapes = [Shape(num_rows, near, length) for length in lengths if length <= longest]
+            shapes = [Shape(num_rows, near, length, shared) for length in lengths if length <= longest]
             yield from filter(self._fits, shapes)
 
     def _fits(self, shape: Shape) -> bool:
         limits = self.settings
+        spare = limits.max_num_batched_tokens - shape.num_rows + 1
         return (
             shape.num_rows <= limits.max_num_seqs
+            and shape.num_shared + shape.num_rows * _OWN_TOKENS <= _PROMPT_STEPS * spare
             and shape.num_rows * (1 + shape.draft_length) <= limits.max_num_batched_tokens
-            and shape.num_rows * shape.num_blocks(self.capacity.block_size) <= self.capacity.num_blocks
+            and shape.num_blocks(self.capacity.block_size) <= self.capacity.num_blocks
             and shape.num_tokens <= self.capacity.max_model_len
         )
 
 
-def _measure(cycle: Cycle, make_scheduler: MakeScheduler, shape: Shape) -> StepTime:
+def _measure(
+    cycle: Cycle, make_scheduler: MakeScheduler, shape: Shape, clock: Callable[[], float]
+) -> StepTime:
     """The fastest of some steps: others were held up by something else."""
     scheduler = make_scheduler(FixedChoice(exit_layer=shape.exit_layer, draft_length=shape.draft_length))
     for row in range(shape.num_rows):
         scheduler.submit(_dummy(row, shape))
-    draft_s: list[float] = []
-    verify_s: list[float] = []
-    while len(verify_s) <= _REPEATS:
+    times_s: list[tuple[float, float, float]] = []
+    while len(times_s) <= _REPEATS:
+        started = clock()
         plan = scheduler.plan()
         assert plan is not None
         result = cycle.run(plan)
-        if plan.num_tokens == shape.num_rows * (1 + shape.draft_length):
-            draft_s.append(result.draft_s)
-            verify_s.append(result.verify_s)
         # Whatever was kept, each row goes on by one token, so that every step has the same shape.
         scheduler.commit(result.of_one_token())
+        if plan.num_tokens == shape.num_rows * (1 + shape.draft_length):
+            host_s = clock() - started - result.draft_s - result.verify_s
+            times_s.append((result.draft_s, result.verify_s, host_s))
     scheduler.abort(range(shape.num_rows))
-    return StepTime(shape.num_rows, shape.exit_layer, shape.draft_length, min(draft_s[1:]), min(verify_s[1:]))
+    draft_s, verify_s, host_s = map(min, zip(*times_s[1:], strict=True))
+    return StepTime(shape.num_rows, shape.exit_layer, shape.draft_length, draft_s, verify_s, host_s)
 
 
 def _dummy(row: int, shape: Shape) -> Generate:
-    """A sequence that shares no beginning with another."""
+    """A sequence that differs from others behind what all share."""
+    own = [1 + row % 50, 1 + row // 50] + [0] * (_OWN_TOKENS - 2)
     return Generate(
         sequence_id=row,
-        prompt_ids=[row % 50, row // 50] + [0] * (_PROMPT_TOKENS - 2),
+        prompt_ids=[0] * shape.num_shared + own,
         max_new_tokens=shape.num_new,
         sampling=SamplingParams(temperature=0.0),
         seed=row,

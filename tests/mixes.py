@@ -5,7 +5,7 @@ Knows how to run and compare; the promises are in the tests that use it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,7 @@ from msgspec.structs import replace as replace_fields
 
 from config.settings import EngineSettings
 from decoding.blocks import BlockPool
-from decoding.controller import (
-    Choice,
-    DraftChooser,
-    DraftingRow,
-    ExitLayers,
-    FixedChoice,
-    StepOutcome,
-)
+from decoding.choice import DraftChooser
 from decoding.engine import Engine
 from decoding.messages import (
     Decoded,
@@ -34,11 +27,13 @@ from decoding.messages import (
     SamplingParams,
     TokenLogprob,
 )
-from decoding.scheduler import Scheduler, StepLimits
+from decoding.planning import StepLimits
+from decoding.scheduler import Scheduler
+from tests.choosers import NUM_LAYERS, RandomChooser, RestlessController
 from tests.oracle import NaiveDecoder
 from tests.tiny import make_checkpoint
 
-NUM_LAYERS, VOCAB, MAX_LEN = 5, 61, 384
+VOCAB, MAX_LEN = 61, 384
 
 
 @dataclass
@@ -68,28 +63,6 @@ class Lab:
             clock=lambda: 0.0,
         )
         return Engine(loaded.ready, loaded.runtime, scheduler, clock=lambda: 0.0)
-
-
-class RandomChooser(FixedChoice):
-    """Chooses anything that is allowed: no output may depend on it."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(exit_layer=1, draft_length=0)
-        self._rng = np.random.default_rng(seed)
-        self.num_steps_learned = 0
-
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = ()) -> Choice:
-        self.exit_layer = int(self._rng.choice(among or range(1, NUM_LAYERS)))
-        return Choice(
-            self.exit_layer, tuple(int(self._rng.integers(0, min(row.limit, 8) + 1)) for row in rows)
-        )
-
-    def lookup_length(self, num_rows: int, limit: int) -> int:
-        return int(self._rng.integers(0, min(limit, 8) + 1))
-
-    def took(self, outcome: StepOutcome) -> None:
-        self.num_steps_learned += 1
-        assert len(outcome.draft_lengths) > 0
 
 
 def make_lab(folder: Path) -> Lab:
@@ -209,8 +182,8 @@ def run_mix(engine: Engine, requests: list[Generate], rng: np.random.Generator) 
     return mix
 
 
-def check_mix(lab: Lab, seed: int) -> tuple[int, int, int]:
-    """One random mix against the oracle: drafted and kept tokens, and preemptions."""
+def check_mix(lab: Lab, seed: int) -> Counter[str]:
+    """One random mix against the oracle, and what happened in it: drafts by drafter, preemptions and the like."""
     rng = np.random.default_rng(seed)
     block_size = int(rng.choice([4, 16]))
     smallest = MAX_LEN // block_size
@@ -221,7 +194,7 @@ def check_mix(lab: Lab, seed: int) -> tuple[int, int, int]:
         num_blocks=smallest if is_crowded or rng.random() < 0.5 else 2048 // block_size,
         max_num_seqs=8 if is_crowded else int(rng.integers(1, 9)),
         budget=int(rng.choice([9, 32, 512])),
-        chooser=RandomChooser(seed),
+        chooser=RestlessController(seed) if seed % 2 else RandomChooser(seed),
         promotes=seed % 3 == 0,
     )
     num_rows = 8 if is_crowded else int(rng.integers(2, 9))
@@ -244,13 +217,12 @@ def check_mix(lab: Lab, seed: int) -> tuple[int, int, int]:
         ending = mix.events[request.sequence_id][-1].finish_reason
         stopped = expected[-1] in request.stop_token_ids
         assert ending is (FinishReason.STOP if stopped else FinishReason.LENGTH)
-    assert engine.report().load.num_used_blocks == 0
-    everything = [event for events in mix.events.values() for event in events]
-    return (
-        sum(event.drafted for event in everything),
-        sum(event.kept for event in everything),
-        engine.report().load.num_preemptions_total,
-    )
+    load = engine.report().load
+    assert load.num_used_blocks == 0
+    happened = Counter(preemptions=load.num_preemptions_total, hits=load.prefix_cache_hit_tokens_total)
+    for event in (event for events in mix.events.values() for event in events):
+        happened += Counter({"drafted": event.drafted, "kept": event.kept, event.drafter: event.drafted})
+    return happened
 
 
 def check_reports(lab: Lab, request: Generate, events: list[Decoded], expected: list[np.ndarray]) -> None:
@@ -290,11 +262,13 @@ def replace_prompt(request: Generate, answer: list[int], *, sequence_id: int) ->
     return replace_fields(request, prompt_ids=[*request.prompt_ids, *answer], sequence_id=sequence_id)
 
 
-def check_mixes(lab: Lab, seeds: range) -> None:
-    totals = np.array([check_mix(lab, seed) for seed in seeds]).sum(0)
-    drafted, kept, preemptions = totals.tolist()
-    assert 0 < kept < drafted
-    assert preemptions > 0
+def check_mixes(lab: Lab, seeds: range) -> Counter[str]:
+    """Mixes in which everything that could make a difference happened."""
+    happened = sum((check_mix(lab, seed) for seed in seeds), Counter[str]())
+    assert 0 < happened["kept"] < happened["drafted"]
+    assert min(happened[drafter] for drafter in (Drafter.EARLY_EXIT, Drafter.LOOKUP)) > 0
+    assert min(happened["preemptions"], happened["hits"]) > 0
+    return happened
 
 
 def one_request(**changes: object) -> Generate:

@@ -28,6 +28,7 @@ COPIED = (
 EXACTNESS = "tests/test_exactness.py"
 MIXES = f"{EXACTNESS}::test_random_mixes_equal_naive_decoding"
 TRANSPARENT = f"{EXACTNESS}::test_drafts_of_a_model_whose_later_layers_add_nothing_are_all_kept"
+UNFED = "tests/test_draft_model.py::test_a_last_draft_that_was_never_fed_is_not_taken_for_computed"
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ MUTANTS = (
     ),
     Mutant(
         "the controller weighs all tokens of a step, not only its drafts",
-        "decoding/controller.py",
-        "rates_M = (batch.num_rows + ",
-        "rates_M = (0 * batch.num_rows + ",
+        "decoding/weighing.py",
+        "expected_M = batch.num_rows + ",
+        "expected_M = 0 * batch.num_rows + ",
         "tests/test_controller.py::test_its_choice_equals_brute_force",
     ),
     Mutant(
@@ -127,6 +128,34 @@ MUTANTS = (
         "else self._by_name.get(name)",
         "else self._by_name.get(name) and self.first",
         "tests/test_several_models.py::test_metrics_tell_the_models_apart",
+    ),
+    Mutant(
+        "what a worker reported before it died is known to the next",
+        "decoding/sequence.py",
+        "[*self.request.prompt_ids, *self.request.resumed_ids]",
+        "[*self.request.prompt_ids]",
+        "tests/test_resume.py::test_what_came_before_is_output_and_not_prompt",
+    ),
+    Mutant(
+        "whoever may have killed a worker runs alone",
+        "server/roster.py",
+        "if self._alone is not None and not self._is_worker_empty:",
+        "if self._num_given < 0:",
+        "tests/test_roster.py::test_killers_fail_and_all_others_finish",
+    ),
+    Mutant(
+        "a block is shared once a draft model has computed it too",
+        "decoding/scheduler.py",
+        "num_publishable(num_computed=sequence.num_followed",
+        "num_publishable(num_computed=sequence.num_computed",
+        UNFED,
+    ),
+    Mutant(
+        "a draft model has not computed the last draft it made",
+        "decoding/planning.py",
+        "max(0, self.model_length - 1)",
+        "self.model_length",
+        UNFED,
     ),
 )
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -141,3 +142,30 @@ class NaiveDecoder:
             if known[-1] in request.stop_token_ids:
                 break
         return known[len(request.prompt_ids) :], logprobs
+
+
+class CachedDecoder:
+    """The same for many requests that differ in little: what does not depend on how drafts are made or when a
+    sequence ends is decoded once.
+    """
+
+    def __init__(self, oracle: NaiveDecoder, *, max_new_tokens: int) -> None:
+        self._oracle = oracle
+        self._max_new_tokens = max_new_tokens
+        self._known: dict[bytes, list[int]] = {}
+
+    def decode(self, request: Generate) -> list[int]:
+        """The tokens of a request for no more than `max_new_tokens`."""
+        assert request.max_new_tokens <= self._max_new_tokens
+        longest = Generate(
+            sequence_id=0,
+            prompt_ids=request.prompt_ids,
+            max_new_tokens=self._max_new_tokens,
+            sampling=request.sampling,
+            seed=request.seed,
+            stop_token_ids=request.stop_token_ids,
+        )
+        key = msgspec.json.encode(longest)
+        if key not in self._known:
+            self._known[key] = self._oracle.decode(longest)
+        return self._known[key][: request.max_new_tokens]

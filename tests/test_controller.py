@@ -9,7 +9,8 @@ import pytest
 
 from config.settings import EngineSettings
 from decoding.acceptance_record import AcceptanceRecord, RowRecord
-from decoding.controller import Choice, Controller, DraftingRow, StepOutcome
+from decoding.choice import Choice, DraftingRow, Fate, StepOutcome
+from decoding.controller import Controller
 from decoding.engine import Engine
 from decoding.messages import Drafter
 from decoding.step_costs import ROWS, WIDTHS, StepCosts, StepTime
@@ -68,7 +69,7 @@ def record(rates: Callable[[int], float]) -> AcceptanceRecord:
     for layer in LAYERS:
         for _ in range(400):
             refused = np.flatnonzero(rng.random(LONGEST) > rates(layer))
-            known.record(layer, drafted=LONGEST, kept=int(refused[0]) if len(refused) else LONGEST)
+            known.record(layer, [(LONGEST, int(refused[0]) if len(refused) else LONGEST)])
     return known
 
 
@@ -121,8 +122,8 @@ def test_a_row_whose_drafts_are_kept_drafts_more_than_one_whose_are_not() -> Non
     known = record(lambda layer: 0.8)
     lucky, unlucky = RowRecord(), RowRecord()
     for _ in range(20):
-        lucky.record(known.curve(4), drafted=6, kept=6)
-        unlucky.record(known.curve(4), drafted=6, kept=0)
+        lucky.record(known.expected(4), drafted=6, kept=6)
+        unlucky.record(known.expected(4), drafted=6, kept=0)
     chosen = controller(costs(linear_with_gain), known).choose(
         [DraftingRow(8, lucky), DraftingRow(8, unlucky)]
     )
@@ -144,6 +145,43 @@ def test_of_several_exit_layers_the_most_promising_is_used() -> None:
     assert controller(costs(flat), rates).choose(rows(3), among=(2, 9)).exit_layer in (2, 9)
 
 
+def test_what_the_host_takes_makes_drafting_pay() -> None:
+    """Every step pays it, so that steps which give more tokens gain."""
+
+    def dear_tokens(layers: int, num_rows: int, tokens: int) -> float:
+        return layers * tokens
+
+    for host_s, drafts in [(0.0, False), (1000.0, True)]:
+        step_costs = costs(dear_tokens)
+        for _ in range(200):
+            # A step that took much longer than expected is believed bit by bit.
+            step_costs.observe_host(1, host_s)
+        chosen = controller(step_costs, record(lambda layer: 0.7)).choose(rows(1))
+        assert any(chosen.draft_lengths) is drafts
+
+
+def test_a_choice_stands_until_another_promises_clearly_more() -> None:
+    step_costs, known = costs(linear_with_gain), record(lambda layer: 0.8)
+    under_test = controller(step_costs, known)
+    batch = rows(4)
+    first = under_test.choose(batch)
+    for _ in range(14):
+        assert under_test.choose(batch) == first
+    # Nobody decides anew for one row among many that came or left.
+    assert under_test.choose([*batch[:3], *rows(1)]).draft_lengths == first.draft_lengths
+
+
+def test_an_exit_layer_that_was_never_tried_must_promise_more() -> None:
+    """Deep exits are guessed to be kept nearly always: a guess that is worth less than what was seen."""
+    known = AcceptanceRecord(
+        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
+    )
+    for _ in range(100):
+        known.record(4, [(LONGEST, 2)])
+    chosen = controller(costs(linear), known).choose(rows(1))
+    assert chosen.exit_layer == 4 or not any(chosen.draft_lengths)
+
+
 def test_drafting_stops_by_itself_when_tokens_cost_too_much() -> None:
     """What pays for one row on a device bound by memory does not for so many that arithmetic binds it."""
 
@@ -153,6 +191,14 @@ def test_drafting_stops_by_itself_when_tokens_cost_too_much() -> None:
     under_test = controller(costs(saturating), record(lambda layer: 0.6))
     assert sum(under_test.choose(rows(1)).draft_lengths) > 0
     assert sum(under_test.choose(rows(64)).draft_lengths) == 0
+
+
+def test_a_row_that_drafts_beside_many_others_counts_them() -> None:
+    """Long draft steps for one row would hold up all the others."""
+    step_costs, known = costs(dear_steps), record(lambda layer: 0.8)
+    alone = controller(step_costs, known).choose(rows(1))
+    beside = controller(step_costs, known).choose(rows(1), num_others=63)
+    assert alone.draft_lengths[0] > beside.draft_lengths[0] == 0
 
 
 def test_acceptance_that_changes_changes_the_choice_and_back() -> None:
@@ -180,9 +226,7 @@ def share_drafting(under_test: Controller, *, kept_rate: float, num_steps: int =
         if length:
             refused = np.flatnonzero(rng.random(length) > kept_rate)
             kept = int(refused[0]) if len(refused) else length
-            under_test.drafted(
-                row[0].record, chosen.exit_layer, Drafter.EARLY_EXIT, drafted=length, kept=kept
-            )
+            under_test.drafted(chosen.exit_layer, Drafter.EARLY_EXIT, [Fate(row[0].record, length, kept)])
         drafting.append(length > 0)
     return float(np.mean(drafting[-1000:]))
 
@@ -217,6 +261,25 @@ def test_one_step_that_was_held_up_changes_little() -> None:
     before = step_costs.plain_s(1)
     step_costs.observe(1, [0], draft_s=0.0, verify_s=1000 * before)
     assert step_costs.plain_s(1) < 1.2 * before
+
+
+def test_steps_wider_than_any_that_is_kept_change_no_cost_of_verifying() -> None:
+    step_costs = costs(linear)
+    before = float(step_costs.verify_s(4, 1, np.array(WIDTHS[-1])))
+    for _ in range(50):
+        step_costs.observe(4, [64], draft_s=64 * 4.7, verify_s=_verify(linear, 4, 1, 65))
+    assert float(step_costs.verify_s(4, 1, np.array(WIDTHS[-1]))) == before
+
+
+def test_looked_up_drafts_that_are_all_kept_are_believed() -> None:
+    under_test = controller(costs(linear_with_gain), record(lambda layer: 0.5))
+    before = under_test.lookup_length(1, LONGEST)
+    for _ in range(200):
+        under_test.drafted(1, Drafter.LOOKUP, [Fate(RowRecord(), LONGEST, LONGEST)])
+    assert before < under_test.lookup_length(1, LONGEST) == LONGEST
+    for _ in range(200):
+        under_test.drafted(1, Drafter.LOOKUP, [Fate(RowRecord(), LONGEST, 0)])
+    assert under_test.lookup_length(1, LONGEST) < before
 
 
 @pytest.mark.parametrize("seconds", [flat, linear, dear_steps])

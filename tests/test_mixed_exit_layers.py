@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from decoding.blocks import BlockPool
-from decoding.controller import FixedChoice
+from decoding.choice import FixedChoice
 from decoding.messages import Generate, SamplingParams
 from decoding.plan import Plan
-from decoding.scheduler import Scheduler, StepLimits
+from decoding.planning import StepLimits
+from decoding.scheduler import Scheduler
 from tests.test_scheduler import refused
 
 
@@ -49,7 +50,11 @@ def drafts(plan: Plan) -> dict[int, tuple[int, int]]:
 
 def test_every_row_drafts_at_the_layer_it_asked_for() -> None:
     plan = decoding_plan(
-        scheduler(promotes=False), request(0, 1, 4), request(1, 6, 2), request(2, None, None), request(3, 8, 0)
+        scheduler(promotes=False),
+        request(0, 1, 4),
+        request(1, 6, 2),
+        request(2, None, None),
+        request(3, 8, 0),
     )
     assert drafts(plan) == {0: (1, 4), 1: (6, 2), 2: (2, 3)}
 

@@ -6,10 +6,11 @@ import torch
 from msgspec.structs import replace
 
 from decoding.blocks import BlockPool
-from decoding.controller import FixedChoice
+from decoding.choice import FixedChoice
 from decoding.messages import FinishReason, Generate, SamplingParams
 from decoding.plan import Plan, Result
-from decoding.scheduler import Scheduler, StepLimits
+from decoding.planning import StepLimits
+from decoding.scheduler import Scheduler
 
 
 def scheduler(*, max_num_seqs: int = 64, budget: int = 512, num_blocks: int = 4096) -> Scheduler:

@@ -1,0 +1,109 @@
+"""What may be chosen for a step, who chooses, and what choosers learn from.
+
+Knows exit layers and draft lengths; knows no tokens. No output depends on what is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from decoding.acceptance_record import RowRecord
+from decoding.messages import Drafter
+
+ExitLayers = tuple[int, ...]
+"""Sorted; where it says which may be chosen, none means any."""
+
+
+class DraftingRow(NamedTuple):
+    """A row that may draft up to `limit` ≥ 1 tokens, and how its drafts fared."""
+
+    limit: int
+    record: RowRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One exit layer for all rows, and a draft length for each, 0 or more."""
+
+    exit_layer: int
+    draft_lengths: tuple[int, ...]
+
+    @property
+    def mean_draft_length(self) -> float:
+        """Drafts a row makes on average, 0 without rows."""
+        return sum(self.draft_lengths) / max(1, len(self.draft_lengths))
+
+
+class Fate(NamedTuple):
+    """What became of a row's drafts in one cycle: `kept` of `drafted` ≥ 1 stood."""
+
+    record: RowRecord
+    drafted: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What a step of rows that only decoded took, each with so many drafts made at one exit layer."""
+
+    exit_layer: int
+    draft_lengths: tuple[int, ...]
+    draft_s: float
+    verify_s: float
+
+
+class DraftChooser(Protocol):
+    """Who chooses what requests leave open."""
+
+    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
+        """Exit layer, one of these, and draft lengths of rows that draft together, beside others in the step."""
+
+    def lookup_length(self, num_rows: int, limit: int) -> int:
+        """How many looked-up drafts to verify in a step of so many rows."""
+
+    def drafted(self, exit_layer: int, drafter: Drafter, fates: Sequence[Fate]) -> None:
+        """Learn how the drafts of one drafter fared in a step."""
+
+    def took(self, outcome: StepOutcome) -> None:
+        """Learn what a step took."""
+
+    def host_took(self, num_rows: int, host_s: float) -> None:
+        """Learn what a step of so many rows took beside drafting and verifying."""
+
+    @property
+    def exit_layer(self) -> int:
+        """The exit layer chosen last."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether any drafting is worth its cost on this checkpoint, as far as is known."""
+
+
+class FixedChoice:
+    """Always the same exit layer and draft length."""
+
+    pays = True
+
+    def __init__(self, *, exit_layer: int, draft_length: int) -> None:
+        self.exit_layer = exit_layer
+        self._draft_length = draft_length
+
+    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
+        """The one choice, as far as each row may draft; of several exit layers the deepest, which drafts best."""
+        lengths = tuple(min(self._draft_length, row.limit) for row in rows)
+        return Choice(among[-1] if among else self.exit_layer, lengths)
+
+    def lookup_length(self, num_rows: int, limit: int) -> int:
+        """The one draft length."""
+        return min(self._draft_length, limit)
+
+    def drafted(self, exit_layer: int, drafter: Drafter, fates: Sequence[Fate]) -> None:
+        """Learn nothing."""
+
+    def took(self, outcome: StepOutcome) -> None:
+        """Learn nothing."""
+
+    def host_took(self, num_rows: int, host_s: float) -> None:
+        """Learn nothing."""
