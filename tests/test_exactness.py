@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from config.settings import EngineSettings
 from decoding.engine import Engine
-from decoding.messages import LogitEdits, SamplingParams
+from decoding.messages import Decoded, Drafter, FinishReason, LogitEdits, SamplingParams
+from tests.choosers import RestlessController
 from tests.mixes import NUM_LAYERS, VOCAB, Lab, check_mixes, one_request
 from tests.tiny import make_checkpoint
 
@@ -123,6 +126,46 @@ def test_layer_calls_of_a_cycle_do_not_grow_with_its_rows(lab: Lab) -> None:
 
     # Three drafts at exit layer 2, its last draft's two early layers, and three later layers.
     assert calls(1) == calls(16) == 3 * 2 + NUM_LAYERS
+
+
+def test_sixty_four_rows_on_a_pool_for_a_few_all_end_with_the_tokens_of_their_seed(lab: Lab) -> None:
+    """Every prompt and seed four times, drafted in four ways."""
+    ways = [
+        {"drafter": Drafter.EARLY_EXIT, "exit_layer": None, "draft_length": None},
+        {"drafter": Drafter.LOOKUP, "exit_layer": 1, "draft_length": 5},
+        {"drafter": Drafter.HYBRID, "exit_layer": 3, "draft_length": 4},
+        {"drafter": Drafter.NONE, "exit_layer": 2, "draft_length": 0},
+    ]
+    plain = [
+        one_request(prompt_ids=[7, 3, prompt] * 3, seed=seed, sampling=SamplingParams(temperature=heat))
+        for prompt, (seed, heat) in product(range(4), [(1, 0.0), (1, 0.9), (2, 0.9), (3, 1.2)])
+    ]
+    requests = [
+        replace(each, sequence_id=index, **way) for index, (way, each) in enumerate(product(ways, plain))
+    ]
+    # A row comes to 33 tokens, nine blocks; the pool has room for three that are whole.
+    engine = lab.fresh_engine(
+        block_size=4, num_blocks=28, max_num_seqs=64, budget=96, chooser=RestlessController(1)
+    )
+    for request in requests:
+        engine.submit(request)
+    events: dict[int, list[Decoded]] = {request.sequence_id: [] for request in requests}
+    while engine.has_work:
+        for event in engine.step().decoded:
+            events[event.sequence_id].append(event)
+        engine.check_integrity()
+    expected = [lab.oracle.decode(request) for request in plain]
+    for request in requests:
+        own = events[request.sequence_id]
+        assert [t for event in own for t in event.token_ids] == expected[request.sequence_id % len(plain)]
+        assert [event.finish_reason for event in own if event.finish_reason] == [FinishReason.LENGTH]
+    load = engine.report().load
+    assert load.num_preemptions_total > 0
+    assert (load.num_used_blocks, load.num_free_blocks) == (0, 28)
+    assert {event.drafter for own in events.values() for event in own if event.kept} == {
+        Drafter.EARLY_EXIT,
+        Drafter.LOOKUP,
+    }
 
 
 def test_an_aborted_row_frees_its_blocks_at_once(lab: Lab) -> None:
