@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python -m benchmarks.decode
+	$(BIN)/layerskip bench
 
 mutants: setup
 	$(BIN)/python -m tests.mutants

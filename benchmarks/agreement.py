@@ -36,7 +36,7 @@ class Tally:
 class Agreement:
     """Reference texts by (temperature, prompt), and how everybody else's compare.
 
-    Sampled texts of transformers come from another noise and are not compared.
+    Sampled texts of other programs come from another noise and are not compared.
     """
 
     references: dict[tuple[float, int], tuple[int, ...]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Agreement:
         is_ours = isinstance(contender, Ours)
         if temperature and not is_ours:
             return
-        label = f"{'ours' if is_ours else 'transformers'} {job.sampled.label}"
+        label = f"{contender.name.partition(' ')[0]} {job.sampled.label}"
         tally = self.tallies.setdefault(label, Tally())
         for prompt, token_ids in zip(job.prompts, run.token_ids, strict=True):
             reference = self.references[temperature, prompt.index][: job.new_tokens]

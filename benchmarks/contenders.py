@@ -6,7 +6,7 @@ Knows how to drive each; knows nothing of rounds or medians.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.timing import Job, Prompt, Run, Step
 from decoding.engine import Engine
-from decoding.messages import Generate, SamplingParams, StepReport, sequence_seed
+from decoding.messages import Drafter, Generate, SamplingParams, StepReport, sequence_seed
 
 SEED: Final = 20240416
 
@@ -40,36 +40,61 @@ class Ours:
 
     def run(self, job: Job) -> Run:
         """Submit all prompts, then step until they have ended."""
-        requests = [self._request(prompt, job) for prompt in job.prompts]
-        reports: list[StepReport] = []
-        started = time.perf_counter()
-        for request in requests:
-            self.engine.submit(request)
-        while self.engine.has_work:
-            reports.append(self.engine.step())
-        wall_s = time.perf_counter() - started
-        token_ids: dict[int, list[int]] = {request.sequence_id: [] for request in requests}
-        for report in reports:
-            for event in report.decoded:
-                # A prompt found in the prefix cache would be timed without its prefill.
-                assert not event.num_cached_tokens
-                token_ids[event.sequence_id] += event.token_ids
-        return Run(tuple(map(tuple, token_ids.values())), wall_s, tuple(map(_step, reports)))
+        requests = [
+            request_for(
+                prompt,
+                job,
+                next(self.sequence_ids),
+                exit_layer=self.exit_layer,
+                draft_length=self.draft_length,
+            )
+            for prompt in job.prompts
+        ]
+        return run_to_end(self.engine, requests)
 
-    def _request(self, prompt: Prompt, job: Job) -> Generate:
-        sampled = job.sampled
-        return Generate(
-            sequence_id=next(self.sequence_ids),
-            prompt_ids=list(prompt.token_ids),
-            max_new_tokens=job.new_tokens,
-            sampling=SamplingParams(
-                temperature=sampled.temperature, top_p=sampled.top_p if sampled.temperature else 1.0
-            ),
-            seed=sequence_seed(SEED, prompt_index=prompt.index, choice_index=0),
-            stop_token_ids=[],
-            exit_layer=self.exit_layer,
-            draft_length=self.draft_length,
-        )
+
+def run_to_end(engine: Engine, requests: Sequence[Generate]) -> Run:
+    """Submit all of these to an idle engine, then step until they have ended."""
+    reports: list[StepReport] = []
+    started = time.perf_counter()
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        reports.append(engine.step())
+    wall_s = time.perf_counter() - started
+    token_ids: dict[int, list[int]] = {request.sequence_id: [] for request in requests}
+    for report in reports:
+        for event in report.decoded:
+            # A prompt found in the prefix cache would be timed without its prefill.
+            assert not event.num_cached_tokens
+            token_ids[event.sequence_id] += event.token_ids
+    return Run(tuple(map(tuple, token_ids.values())), wall_s, tuple(map(_step, reports)))
+
+
+def request_for(
+    prompt: Prompt,
+    job: Job,
+    sequence_id: int,
+    *,
+    exit_layer: int | None,
+    draft_length: int | None,
+    drafter: Drafter = Drafter.EARLY_EXIT,
+) -> Generate:
+    """One prompt of a job; what is None is left to the engine. The same prompt gets the same seed in every job."""
+    sampled = job.sampled
+    return Generate(
+        sequence_id=sequence_id,
+        prompt_ids=list(prompt.token_ids),
+        max_new_tokens=job.new_tokens,
+        sampling=SamplingParams(
+            temperature=sampled.temperature, top_p=sampled.top_p if sampled.temperature else 1.0
+        ),
+        seed=sequence_seed(SEED, prompt_index=prompt.index, choice_index=0),
+        stop_token_ids=[],
+        exit_layer=exit_layer,
+        draft_length=draft_length,
+        drafter=drafter,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +107,7 @@ class TransformersPlain:
 
     def run(self, job: Job) -> Run:
         """One `generate()` call for the whole job."""
-        return _generate(self.model, job, exit_layer=None)
+        return generate(self.model, job)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +129,22 @@ class TransformersAssisted:
         settings.num_assistant_tokens = self.draft_length
         settings.num_assistant_tokens_schedule = "constant"
         settings.assistant_confidence_threshold = 0
-        return _generate(self.model, job, exit_layer=self.exit_layer)
+        return generate(self.model, job, assistant_early_exit=self.exit_layer)
 
 
-def load_transformers(folder: str, *, revision: str | None) -> LlamaForCausalLM:
-    """The checkpoint in float32, with no token that ends a text."""
-    model = LlamaForCausalLM.from_pretrained(folder, revision=revision, dtype=torch.float32).eval()
+def load_transformers(
+    folder: str, *, revision: str | None, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
+    """The checkpoint, with no token that ends a text."""
+    model = LlamaForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = 0
     return model
 
 
-def _generate(model: LlamaForCausalLM, job: Job, *, exit_layer: int | None) -> Run:
+def generate(model: LlamaForCausalLM, job: Job, **assistance: object) -> Run:
+    """One `generate()` call for a whole job; `assistance` are further arguments of it."""
     ids_BT, mask_BT = _left_padded(job)
     choice: dict[str, object] = {"do_sample": False}
     if job.sampled.temperature:
@@ -127,11 +155,11 @@ def _generate(model: LlamaForCausalLM, job: Job, *, exit_layer: int | None) -> R
             "top_p": job.sampled.top_p,
             "top_k": 0,
         }
-    if exit_layer is not None:
-        choice["assistant_early_exit"] = exit_layer
     torch.manual_seed(SEED + job.prompts[0].index)
     started = time.perf_counter()
-    out_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=job.new_tokens, **choice)
+    out_BT = model.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=job.new_tokens, **choice, **assistance
+    )
     wall_s = time.perf_counter() - started
     new = out_BT[:, ids_BT.shape[1] :].tolist()
     assert all(len(row) == job.new_tokens for row in new)

@@ -10,6 +10,8 @@ planning and committing; "prefill" the share of all time before the first tokens
 shorten and which pulls every ratio towards 1. The grid of exit layers and draft lengths is scanned once; the
 best of each kind then meet in the finals, and only the finals are to be quoted. Texts are compared
 throughout: greedy ones of all contenders, sampled ones of ours, must equal plain decoding of the prompt alone.
+Other programs join the finals if they are asked for: a separate draft model and continuous batching in
+transformers, and llama.cpp on the same weights.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from transformers.utils import logging
 
 from benchmarks.agreement import Agreement
 from benchmarks.contenders import Ours, TransformersAssisted, TransformersPlain, load_transformers
+from benchmarks.peers import PeerRequest, Peers, TransformersDrafted, open_peers
 from benchmarks.prompts import PROMPTS
 from benchmarks.report import Findings, Line, as_text, hardware
 from benchmarks.timing import Contender, Job, Prompt, Record, Sampled, race
@@ -37,6 +42,7 @@ from decoding.engine import Engine
 
 _NUM_RIVAL_SCAN_PROMPTS = 2
 _RIVAL_DRAFT_LENGTHS = (2, 4, 6, 8)
+_PEER_OPTIONS = ("model", "dtype", "threads", "draft_model", "continuous_batching", "llama_cpp")
 _OUR_DEPTHS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
 _RIVAL_DEPTHS = (1 / 8, 1 / 4, 3 / 8)
 
@@ -56,6 +62,7 @@ class Bench:
     engine: Engine
     sequence_ids: Iterator[int]
     model: LlamaForCausalLM
+    peers: Peers
     prompts: tuple[Prompt, ...]
     grid: Grid
     agreement: Agreement
@@ -92,7 +99,8 @@ class Bench:
         ours = [self.plain, *(self._ours(*setting) for setting in self.grid.ours)]
         lines = self._race(ours, self._full_jobs(batch, sampled), 1)
         if batch == 1:
-            rivals = [TransformersAssisted(self.model, *setting) for setting in self.grid.rival]
+            rivals: list[Contender] = [TransformersAssisted(self.model, *each) for each in self.grid.rival]
+            rivals += self.peers.drafted
             few = self._jobs(1, sampled, _NUM_RIVAL_SCAN_PROMPTS, self.scan_tokens)
             lines += self._race([self.plain, *rivals], few, 1)[1:]
         return lines
@@ -101,13 +109,15 @@ class Bench:
         return self._jobs(batch, sampled, len(self.prompts), self.new_tokens)
 
     def _finalists(self, found: Findings, batch: int) -> list[Contender]:
-        """Both plain decoders, the fastest assisted one, our two fastest, and the winner at batch 1."""
+        """Both plain decoders, the fastest rivals that draft, our two fastest, the winner at batch 1, peers."""
         lines = sorted(found.scans[batch], key=lambda line: -line.tokens_per_s)
         ranked = [line.contender for line in lines]
         ours = [c for c in ranked if isinstance(c, Ours) and c.draft_length]
         rivals = [c for c in ranked if isinstance(c, TransformersAssisted)]
+        drafted = [c for c in ranked if isinstance(c, TransformersDrafted)]
         winner = found.best(1, Ours)
-        chosen: list[Contender] = [TransformersPlain(self.model), *rivals[:1], self.plain, *ours[:2]]
+        chosen: list[Contender] = [TransformersPlain(self.model), *rivals[:1], *drafted[:1]]
+        chosen += [*self.peers.finalists(batch), self.plain, *ours[:2]]
         chosen += [winner.contender] if winner else []
         return list({contender.name: contender for contender in chosen}.values())
 
@@ -125,19 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    bench = _prepare(options)
-    findings = []
-    for temperature in options.temperatures:
-        findings.append(bench.measure(Sampled(temperature, options.top_p), options.batch))
+    with _prepared(options) as bench:
+        kinds = [Sampled(temperature, options.top_p) for temperature in options.temperatures]
+        findings = [bench.measure(sampled, options.batch) for sampled in kinds]
     bench.engine.check_integrity()
     document = {
         "benchmark": "decode",
         "hardware": hardware(),
         "settings": {
             **{key: value for key, value in vars(options).items() if key != "json"},
-            # A folder's place says nothing elsewhere.
-            "model": Path(options.model).name if Path(options.model).is_dir() else options.model,
-            "dtype": "float32",
+            "model": _name(options.model),
+            "draft_model": options.draft_model and _name(options.draft_model),
             "repeats": bench.repeats,
             "scan_tokens": bench.scan_tokens,
             "prompt_tokens": [len(prompt.token_ids) for prompt in bench.prompts],
@@ -154,37 +162,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(line)
 
 
-def _prepare(options: argparse.Namespace) -> Bench:
+def _name(model: str) -> str:
+    """A folder's place says nothing elsewhere."""
+    return Path(model).name if Path(model).is_dir() else model
+
+
+@contextmanager
+def _prepared(options: argparse.Namespace) -> Iterator[Bench]:
+    """Everything loaded. Raises StartupError."""
     tokenizer = AutoTokenizer.from_pretrained(options.model, revision=options.revision)
     prompts = tuple(Prompt(i, tuple(tokenizer(text).input_ids)) for i, text in enumerate(PROMPTS))
-    longest = max(len(prompt.token_ids) for prompt in prompts)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + options.new_tokens
     settings = EngineSettings(
         model=str(options.model),
         revision=options.revision,
-        dtype=Dtype.FLOAT32,
+        dtype=Dtype(options.dtype),
         device="cpu",
         num_threads=options.threads,
         max_num_seqs=max(options.batch),
-        max_model_len=longest + options.new_tokens,
+        max_model_len=longest,
         # Longer than any prompt: no prefix is ever found again, and every run computes its whole prompt.
-        block_size=longest + options.new_tokens,
+        block_size=longest,
         max_draft_length=max(options.draft_lengths),
         draft_length=1,
     )
-    _say("loading both engines")
-    engine = Engine.load(settings)
-    model = load_transformers(str(options.model), revision=options.revision)
-    return Bench(
-        engine=engine,
-        sequence_ids=count(),
-        model=model,
-        prompts=prompts,
-        grid=_grid(options, engine.ready.limits.num_layers),
-        agreement=Agreement(),
-        new_tokens=options.new_tokens,
-        scan_tokens=_scan_tokens(options),
-        repeats=min(options.repeats, 1) if options.quick else options.repeats,
+    asked = PeerRequest(
+        **{name: getattr(options, name) for name in _PEER_OPTIONS},
+        rows=max(options.batch),
+        longest=longest,
+        draft_lengths=_RIVAL_DRAFT_LENGTHS[: 2 if options.quick else None],
     )
+    _say("loading all engines")
+    engine = Engine.load(settings)
+    dtype = getattr(torch, options.dtype)
+    model = load_transformers(str(options.model), revision=options.revision, dtype=dtype)
+    with open_peers(asked, model) as peers:
+        yield Bench(
+            engine=engine,
+            sequence_ids=count(),
+            model=model,
+            peers=peers,
+            prompts=prompts,
+            grid=_grid(options, engine.ready.limits.num_layers),
+            agreement=Agreement(),
+            new_tokens=options.new_tokens,
+            scan_tokens=_scan_tokens(options),
+            repeats=min(options.repeats, 1) if options.quick else options.repeats,
+        )
 
 
 def _scan_tokens(options: argparse.Namespace) -> int:
@@ -192,7 +216,9 @@ def _scan_tokens(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Refuse a draft length that leaves no full cycle to take the costs of."""
+    """Refuse a draft length that leaves no full cycle to take the costs of, and a peer that is not installed."""
+    if options.llama_cpp and find_spec("llama_cpp") is None:
+        parser.error("--llama-cpp: needs the package llama-cpp-python")
     longest = (_scan_tokens(options) - 4) // 2
     if not all(1 <= length <= longest for length in options.draft_lengths):
         parser.error(
@@ -228,7 +254,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default=str(BUNDLED_CHECKPOINT), help="checkpoint folder (default: the bundled one)")
     add("--revision", help="branch, tag or commit of a hub checkpoint")
-    add("--threads", type=int, default=1, help="threads of both engines (default 1)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of all engines")
+    add("--threads", type=int, default=1, help="threads of all engines (default 1)")
+    add("--draft-model", metavar="FOLDER", help="also time transformers with this draft model, at batch 1")
+    add("--continuous-batching", action="store_true", help="also transformers' own, at batches above 1")
+    add("--llama-cpp", action="store_true", help="also llama.cpp, at batch 1; needs llama-cpp-python")
     add("--repeats", type=int, default=5, help="rounds of the finals; transformers sits out every second one")
     add("--batch", type=int, nargs="+", choices=range(1, len(PROMPTS) + 1), default=[1, 8], metavar="N")
     add("--new-tokens", type=int, default=128, help="tokens decoded for every prompt (default 128)")

@@ -5,18 +5,16 @@ Knows numbers; measures nothing.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Final
 
 import torch
 
 from benchmarks.agreement import Agreement
 from benchmarks.contenders import Ours, TransformersAssisted
+from benchmarks.machine import aligned, machine
 from benchmarks.timing import Contender, Costs, Record, Sampled
 
 _MOST_PARTINGS: Final = 12
@@ -145,14 +143,9 @@ def _ratio(name: str, above: Line | None, below: Line | None, target: float) -> 
 
 def hardware() -> dict[str, object]:
     """The machine and the versions that a figure means nothing without."""
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
+        **machine(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
@@ -215,18 +208,6 @@ def _cells(line: Line) -> list[str]:
         f"{100 * costs.host_share:.0f}%",
         f"{100 * costs.prefill_share:.0f}%",
     ]
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text: the first column to the left, all others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [head, *rows]
-    )
 
 
 def _agreement_text(agreement: Agreement) -> str:

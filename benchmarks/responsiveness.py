@@ -1,7 +1,9 @@
-"""How fast the API process answers `/health` while its worker decodes and megabytes of prompts arrive.
+"""How fast the API process answers `/health` while its worker decodes, megabytes of prompts arrive or many wait.
 
-Starts a server of its own with one worker thread; each phase lasts a few seconds. Prints a table and ends
-with one JSON line. Times are milliseconds, seen by a client on a kept-alive connection on the same machine.
+Starts servers of its own with one worker thread; each phase lasts a few seconds. Prints a table and ends with one
+JSON line. Times are milliseconds, seen by a client on a kept-alive connection on the same machine. The last phase
+holds hundreds of streams open, of which the batch has room for few: it tells the API process's memory and its
+share of a core, beside the same with no stream at all.
 """
 
 from __future__ import annotations
@@ -9,18 +11,20 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import platform
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from benchmarks.machine import machine
+from benchmarks.started_server import ask, started_server
 
 PROBE_INTERVAL_S = 0.005
+SETTLING_S = 3.0
+FLAGS = ("--num-threads", "1")
 NUM_STREAMS = 8
 # Every text but the last fits, so that all are tokenised before the request is refused; ids have to be parsed.
 FITTING_TEXT = "def f(x):\n    return x\n" * 150
@@ -50,38 +54,8 @@ class Latencies:
         }
 
 
-@contextmanager
-def server() -> Iterator[int]:
-    """A ready server; gives its port."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--num-threads", "1"]
-    process = subprocess.Popen([*command, "--log-level", "warning"], stderr=subprocess.DEVNULL)
-    try:
-        while probe_once(port) != 200:
-            time.sleep(0.1)
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def probe_once(port: int) -> int:
-    try:
-        return request(port, "GET", "/health")
-    except OSError:
-        return 0
-
-
-def request(port: int, method: str, path: str, body: bytes | None = None) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    try:
-        connection.request(method, path, body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        response.read()
-        return response.status
-    finally:
-        connection.close()
+def request(port: int, path: str, body: bytes) -> int:
+    return ask(f"http://127.0.0.1:{port}", "POST", path, body)[0]
 
 
 def probe(port: int, seconds: float) -> Latencies:
@@ -123,17 +97,17 @@ def repeating(actions: Sequence[Callable[[], object]]) -> Iterator[list[int]]:
 
 def measure(port: int, seconds: float) -> dict[str, dict[str, float]]:
     """Latencies by phase."""
-    decoding = [lambda: request(port, "POST", "/v1/completions", STREAM_BODY)] * NUM_STREAMS
+    decoding = [lambda: request(port, "/v1/completions", STREAM_BODY)] * NUM_STREAMS
     phases: dict[str, list[Callable[[], object]]] = {
         "idle": [],
         f"decoding {NUM_STREAMS} streams": decoding,
         f"… and {NUM_TEXT_CLIENTS} bodies of {len(TEXT_BODY) / 1e6:.1f} MB of text": [
             *decoding,
-            *[lambda: request(port, "POST", "/v1/completions", TEXT_BODY)] * NUM_TEXT_CLIENTS,
+            *[lambda: request(port, "/v1/completions", TEXT_BODY)] * NUM_TEXT_CLIENTS,
         ],
         f"… and a body of {len(IDS_BODY) / 1e6:.1f} MB of token ids": [
             *decoding,
-            lambda: request(port, "POST", "/v1/completions", IDS_BODY),
+            lambda: request(port, "/v1/completions", IDS_BODY),
         ],
     }
     results = {}
@@ -144,26 +118,46 @@ def measure(port: int, seconds: float) -> dict[str, dict[str, float]]:
     return results
 
 
+@contextmanager
+def held_streams(port: int, count: int) -> Iterator[None]:
+    """Streams that nobody reads, so that holding them open costs this process nothing; closed at the end."""
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    message = f"{head}Content-Length: {len(STREAM_BODY)}\r\n\r\n".encode() + STREAM_BODY
+    with ExitStack() as opened:
+        for _ in range(count):
+            opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)).sendall(message)
+        yield
+
+
+def measure_held(seconds: float, count: int) -> dict[str, dict[str, float]]:
+    """A server without streams, then with many open ones of which few decode."""
+    with started_server([*FLAGS, "--max-num-seqs", str(NUM_STREAMS)]) as server:
+        port = urlsplit(server.url).port
+        assert port is not None
+        results = {"no stream": server.usage(seconds)}
+        with held_streams(port, count):
+            # Requests are taken in before anything is measured.
+            time.sleep(SETTLING_S)
+            latencies = probe(port, seconds).summary
+            usage = server.usage(seconds)
+            results[f"{count} open streams, {NUM_STREAMS} of them decoding"] = usage | latencies
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a phase")
-    seconds = parser.parse_args().seconds
-    with server() as port:
-        results = measure(port, seconds)
-    for name, result in results.items():
-        print(
-            f"{name:45} p50 {result['p50_ms']:7.2f}   p99 {result['p99_ms']:7.2f}   max {result['max_ms']:7.2f} ms"
-        )
-    print(
-        json.dumps(
-            {
-                "benchmark": "responsiveness",
-                "cores": os.cpu_count(),
-                "machine": platform.machine(),
-                "phases": results,
-            }
-        )
-    )
+    parser.add_argument("--streams", type=int, default=500, help="open streams of the last phase")
+    options = parser.parse_args()
+    with started_server(FLAGS) as server:
+        port = urlsplit(server.url).port
+        assert port is not None
+        results = measure(port, options.seconds)
+    held = measure_held(options.seconds, options.streams)
+    for name, result in (results | held).items():
+        shown = "   ".join(f"{key} {value:.2f}" for key, value in result.items())
+        print(f"{name:50} {shown}")
+    print(json.dumps({"benchmark": "responsiveness", **machine(), "phases": results, "held": held}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Final
 
 import yaml
 
-from benchmarks.report import aligned
+from benchmarks.machine import aligned
 from benchmarks.sweep_table import ALL_DOMAINS, Row, Shape, Table
 from config.errors import SettingsError
 from config.profiles import Profile

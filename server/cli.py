@@ -16,15 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from config.errors import SettingsError, StartupError
+from config.setting_sources import flag_name, refuse_unknown, variable_name
+from config.setting_texts import default_text, takes_several
 from config.setting_types import LogFormat
-from config.settings import (
-    Settings,
-    default_text,
-    flag_name,
-    refuse_unknown,
-    takes_several,
-    variable_name,
-)
+from config.settings import Settings
+from server.commands.bench import bench
 from server.commands.verify import verify
 from training.commands.convert import convert
 from training.commands.heal import heal
@@ -87,7 +83,7 @@ def serve(context: typer.Context, **values: str | list[str] | None) -> None:
     raise typer.Exit(run(chosen_settings(context.args, given), load=load_engine))
 
 
-for _command in (train, heal, convert, sweep, verify):
+for _command in (train, heal, convert, sweep, bench, verify):
     app.command()(_command)
 app.command("inspect")(inspect_layers)
 
@@ -121,7 +117,7 @@ def run(settings: Settings, *, load: EngineLoader) -> int:
     with listen(settings.host, settings.port) as listener:
         application = create_app(settings, load=load, listener=_start_listener(settings, url_of(listener)))
         HttpServer(application).serve_until_signal(listener)
-    return 1 if application.models.have_failed_to_start else 0
+    return 1 if application.models.are_gone else 0
 
 
 def _start_listener(settings: Settings, url: str) -> Callable[[str], StartListener]:
