@@ -20,6 +20,21 @@ class Loader(StrEnum):
     ACCELERATE = "accelerate"
 
 
+class LoadFormat(StrEnum):
+    """Where weights come from: `auto` reads the checkpoint's, `dummy` draws some of the same sizes."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
+class AttentionKind(StrEnum):
+    """What computes attention; `auto` is Triton's kernels where they run and gathered contexts elsewhere."""
+
+    AUTO = "auto"
+    GATHER = "gather"
+    TRITON = "triton"
+
+
 class ExitPolicy(StrEnum):
     """What rows of one step do that ask for different exit layers."""
 

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final, Self, get_args, get_origin
+from typing import Annotated, Final, Self
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -24,18 +21,26 @@ from pydantic_settings import (
 )
 
 from config.errors import SettingsError
+from config.setting_sources import (
+    ENV_PREFIX,
+    as_settings_error,
+    read_yaml,
+    refuse_unknown,
+    refuse_unknown_variables,
+)
 from config.setting_types import (
     COMMA_LIST,
     ApiKey,
+    AttentionKind,
     ExitPolicy,
     Loader,
+    LoadFormat,
     LogFormat,
     LogLevel,
     ModelNames,
     Origin,
 )
 
-ENV_PREFIX: Final = "LAYERSKIP_"
 DEFAULT_MEMORY_FRACTION: Final = 0.9
 BUNDLED_CHECKPOINT: Final = Path(__file__).parent / "checkpoints" / "python-8m"
 
@@ -62,6 +67,15 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N."
     )
     loader: Loader = Field(default=Loader.SAFETENSORS, description="How weights reach the device.")
+    load_format: LoadFormat = Field(
+        default=LoadFormat.AUTO,
+        description="auto reads the checkpoint's weights; dummy draws others, to measure speed alone.",
+    )
+    attention: AttentionKind = Field(
+        default=AttentionKind.AUTO,
+        description="What computes attention: triton, its kernels; gather, any device; "
+        "auto, triton on CUDA and gather elsewhere.",
+    )
     max_model_len: int | None = Field(
         default=None, ge=2, description="Longest prompt plus answer, in tokens; unset: the checkpoint's."
     )
@@ -88,6 +102,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         default=ExitPolicy.EXACT,
         description="When requests of one step ask for different exit layers: exact, each drafts at its own; "
         "promote, all draft at the most promising of those.",
+    )
+    draft_model: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Checkpoint of a separate draft model with the same tokenizer, for drafter `model`.",
     )
     max_draft_length: int = Field(default=16, ge=0, le=64, description="Longest draft a request may ask for.")
     num_threads: int | None = Field(
@@ -242,107 +261,24 @@ class Settings(ServerSettings, EngineSettings, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags arrive as constructor arguments; dotenv files and secret folders are not read."""
         chosen = init_settings().get("config") or env_settings().get("config")
-        file = InitSettingsSource(settings_cls, _read_yaml(Path(chosen)) if chosen else {})
+        file = InitSettingsSource(
+            settings_cls,
+            read_yaml(Path(chosen), settings_cls.model_fields.keys() - {"config"}) if chosen else {},
+        )
         return init_settings, env_settings, file
 
     @classmethod
     def load(cls, flags: Mapping[str, object]) -> Self:
         """Combine `flags` (by field name, only those given) with the other sources. Raises SettingsError."""
-        _refuse_unknown_variables(os.environ)
+        refuse_unknown_variables(os.environ, cls.model_fields)
         for key in flags:
             refuse_unknown(key, cls.model_fields, "flag")
         try:
             return cls(**dict(flags))  # type: ignore[arg-type]
         except ValidationError as error:
-            raise _as_settings_error(error) from error
+            raise as_settings_error(error) from error
 
 
 def default_num_threads() -> int:
     """All cores but one, which is left to the API process: threads that wait for a core cost milliseconds."""
     return max(1, len(os.sched_getaffinity(0)) - 1)
-
-
-def flag_name(field: str) -> str:
-    """The command-line flag of a setting."""
-    return "--" + field.replace("_", "-")
-
-
-def variable_name(field: str) -> str:
-    """The environment variable of a setting."""
-    return ENV_PREFIX + field.upper()
-
-
-def takes_several(field: FieldInfo) -> bool:
-    """Whether a setting is a list: its flag may be repeated, its variable separates values by commas."""
-    return any(get_origin(kind) is tuple for kind in (field.annotation, *get_args(field.annotation)))
-
-
-def default_text(name: str, field: FieldInfo) -> str:
-    """A setting's default as documentation shows it, without a path of this machine."""
-    if name == "model":
-        return f"the bundled {BUNDLED_CHECKPOINT.name}"
-    return "unset" if field.default is None else str(field.default)
-
-
-def settings_table() -> str:
-    """Every setting as a Markdown table: flag, environment variable, default, meaning."""
-    rows = ["| flag | environment | default | meaning |", "|---|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        cells = (
-            f"`{flag_name(name)}`",
-            f"`{variable_name(name)}`",
-            default_text(name, field),
-            field.description,
-        )
-        rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
-    return "\n".join(rows)
-
-
-def _read_yaml(path: Path) -> dict[str, object]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(
-            f"config {path}: cannot be read ({error.strerror}); pass a readable YAML file"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        # Not the library's whole message: it quotes the file, and the file may hold keys.
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}" if mark else "its encoding"
-        raise SettingsError(f"config {path}: not YAML ({where}); mend it") from error
-    if not isinstance(content, dict | None):
-        raise SettingsError(f"config {path}: must hold `key: value` lines, found a {type(content).__name__}")
-    values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
-    for key in values:
-        refuse_unknown(key, Settings.model_fields.keys() - {"config"}, f"setting in {path}")
-    return values
-
-
-def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    known = {variable_name(field) for field in Settings.model_fields}
-    for name in sorted(environment):
-        if name.upper().startswith(ENV_PREFIX):
-            refuse_unknown(name.upper(), known, "environment variable")
-
-
-def refuse_unknown(key: str, known: Collection[str], kind: str) -> None:
-    """Raise a SettingsError that names the nearest of `known`, unless `key` is one of them."""
-    if key in known:
-        return
-    nearest = get_close_matches(key, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "`layerskip serve --help` lists them all"
-    raise SettingsError(f"unknown {kind} {key}: {hint}")
-
-
-def _as_settings_error(error: ValidationError) -> SettingsError:
-    first = error.errors(include_url=False, include_context=False)[0]
-    key = str(first["loc"][0])
-    value = "(not shown)" if key == "api_key" else repr(first["input"])
-    reason = first["msg"].removeprefix("Value error, ")
-    remedy = reason[0].lower() + reason[1:]
-    name = flag_name(key).removeprefix("--")
-    return SettingsError(f"{name} {value}: {remedy} (flag {flag_name(key)}, variable {variable_name(key)})")
-
-
-if __name__ == "__main__":
-    print(settings_table())

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from config.settings import ENV_PREFIX, Settings
+from config.setting_sources import ENV_PREFIX
+from config.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"

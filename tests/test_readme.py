@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from config.settings import Settings, settings_table
+from config.setting_texts import settings_table
+from config.settings import Settings
 from tests.server_process import ROOT, Server
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

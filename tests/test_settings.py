@@ -7,14 +7,9 @@ import re
 import pytest
 
 from config.errors import SettingsError
-from config.settings import (
-    BUNDLED_CHECKPOINT,
-    EngineSettings,
-    Settings,
-    flag_name,
-    settings_table,
-    variable_name,
-)
+from config.setting_sources import flag_name, variable_name
+from config.setting_texts import settings_table
+from config.settings import BUNDLED_CHECKPOINT, EngineSettings, Settings
 from server.cli import chosen_settings
 from tests.server_process import REAL, run_to_end
 
@@ -121,6 +116,9 @@ def test_every_setting_is_read_from_its_flag_and_from_its_variable(environment, 
     samples = {"host": "localhost", "model": "a/b", "revision": "r", "dtype": "float64", "device": "cuda:1"}
     samples |= {
         "loader": "accelerate",
+        "load_format": "dummy",
+        "attention": "gather",
+        "mixed_exit_layers": "promote",
         "log_level": "error",
         "log_format": "json",
         "cors_origins": "https://page.example",
