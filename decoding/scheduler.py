@@ -14,6 +14,7 @@ from decoding.blocks import BlockPool, PrefixHit, num_publishable
 from decoding.choice import DraftChooser
 from decoding.lookup import NgramIndex
 from decoding.messages import Decoded, Drafter, FinishReason, Generate, Load
+from decoding.pacing import PromptPacer
 from decoding.plan import Plan, Reported, Result
 from decoding.planning import Plans, Share, StepLimits
 from decoding.sequence import Sequence
@@ -44,6 +45,7 @@ class Scheduler:
             model_draft_length=limits.model_draft_length or 0,
         )
         self._limits = limits
+        self._pacer = PromptPacer()
         self._plans = Plans(device, follows=limits.has_draft_model)
         self._clock = clock
         self._waiting: deque[Sequence] = deque()
@@ -84,8 +86,9 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step, or None if there is nothing to do. Every call is followed by its `commit`."""
         num_preemptions = self._num_preemptions
-        shares = self._fund_running()
-        budget = self._limits.max_num_batched_tokens - sum(share.num_fed for share in shares)
+        paced = self._paced_budget()
+        shares = self._fund_running(paced)
+        budget = paced - sum(share.num_fed for share in shares)
         # Blocks that were taken from a running sequence are not for newcomers.
         while budget > 0 and self._num_preemptions == num_preemptions:
             hit = self._admissible()
@@ -95,7 +98,8 @@ class Scheduler:
             assert share is not None
             shares.append(share)
             budget -= share.num_fed
-        shares = self._speculator.add_drafts(shares, budget)
+        num_fed = sum(share.num_fed for share in shares)
+        shares = self._speculator.add_drafts(shares, self._limits.max_num_batched_tokens - num_fed)
         # Rows of like draft length and context side by side are drafted and attended together.
         shares.sort(key=lambda share: (-share.draft_length, len(share.sequence.token_ids)))
         self._planned = shares
@@ -106,6 +110,7 @@ class Scheduler:
         events = []
         self._num_rows = len(self._planned)
         self._speculator.learn(self._planned, result)
+        self._pacer.observe([share.num_fed for share in self._planned], result.draft_s + result.verify_s)
         for share, chosen, reported in zip(self._planned, result.chosen, result.reported, strict=True):
             if share.sequence.block_ids:
                 events += self._commit_row(share, chosen, reported or Reported())
@@ -136,12 +141,18 @@ class Scheduler:
         self._pool.check_integrity(s.block_ids for s in self._running)
         assert not any(s.block_ids for s in self._waiting)
 
-    def _fund_running(self) -> list[Share]:
+    def _paced_budget(self) -> int:
+        """Tokens that may be fed in the next step: of prompts no more than rows that decode can wait for."""
+        most = self._limits.max_num_batched_tokens
+        num_decoding = sum(s.num_pending == 1 for s in self._running)
+        num_prompt_tokens = self._pacer.num_prompt_tokens(num_decoding, most - num_decoding)
+        return max(len(self._running), num_decoding + num_prompt_tokens)
+
+    def _fund_running(self, budget: int) -> list[Share]:
         """Shares of the running sequences: decoding rows first, so that a long prompt fills what they leave.
 
         Every row gets at least one token, which is why the budget is never below the number of rows.
         """
-        budget = self._limits.max_num_batched_tokens
         order = sorted(self._running, key=lambda s: s.num_pending > 1)
         shares: list[Share] = []
         for num_served, sequence in enumerate(order, start=1):

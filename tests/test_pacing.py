@@ -1,0 +1,73 @@
+"""A long prompt comes in by parts that the others can wait for, and at once where nobody waits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from decoding.pacing import PromptPacer
+from decoding.plan import Plan
+from decoding.scheduler import Scheduler
+from tests.test_scheduler import refused, request, scheduler
+
+STEP_S, TOKEN_S = 0.01, 0.0002
+
+
+def seconds(plan: Plan) -> float:
+    """A step of some rows takes as long as another; each token of a prompt takes time of its own."""
+    prompts = plan.num_fed_B[plan.num_fed_B > 1]
+    return STEP_S * (len(prompts) < plan.num_rows) + TOKEN_S * float(prompts.sum())
+
+
+def step(under_test: Scheduler) -> Plan:
+    plan = under_test.plan()
+    assert plan is not None
+    under_test.commit(replace(refused(plan), verify_s=seconds(plan)))
+    under_test.check_integrity()
+    return plan
+
+
+def test_a_step_with_a_part_of_a_prompt_takes_no_more_than_two_and_a_half_steps() -> None:
+    under_test = scheduler()
+    for sequence_id in range(4):
+        under_test.submit(request(sequence_id, prompt=100))
+    for _ in range(20):
+        step(under_test)
+    under_test.submit(request(9, prompt=1500))
+    plans = [step(under_test) for _ in range(60)]
+    with_prompt = [plan for plan in plans if (plan.num_fed_B > 1).any()]
+    assert max(map(seconds, plans)) <= 2.5 * STEP_S + TOKEN_S
+    assert sum(map(seconds, with_prompt)) <= 2.5 * 1500 * TOKEN_S
+    assert sum(int(plan.num_fed_B[plan.num_fed_B > 1].sum()) for plan in with_prompt) == 1500
+
+
+def test_a_prompt_alone_takes_the_whole_step() -> None:
+    under_test = scheduler()
+    for sequence_id in (1, 2):
+        under_test.submit(request(sequence_id, prompt=1500, new=1))
+        assert step(under_test).num_tokens == 512
+        while under_test.has_work:
+            step(under_test)
+
+
+def test_prompts_always_come_on() -> None:
+    pacer = PromptPacer()
+    pacer.observe([1, 1], 0.001)
+    pacer.observe([512], 100.0)
+    assert pacer.num_prompt_tokens(2, 500) == 16
+    assert pacer.num_prompt_tokens(2, 5) == 5
+
+
+@pytest.mark.parametrize("num_decoding", [0, 3])
+def test_nothing_is_held_back_before_anything_is_known(num_decoding: int) -> None:
+    assert PromptPacer().num_prompt_tokens(num_decoding, 500) == 500
+
+
+def test_a_step_that_was_held_up_changes_little() -> None:
+    pacer = PromptPacer()
+    pacer.observe([1], STEP_S)
+    pacer.observe([512], 512 * TOKEN_S)
+    before = pacer.num_prompt_tokens(1, 500)
+    pacer.observe([1, 100], 30.0)
+    assert pacer.num_prompt_tokens(1, 500) >= 0.8 * before
