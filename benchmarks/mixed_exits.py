@@ -40,7 +40,7 @@ Asked = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One batch decoded: seconds without those of prompts, texts, and gaps between events of rows that do not draft."""
+    """One batch decoded: seconds without those of prompts, texts, and gaps between events of rows without drafts."""
 
     seconds: float
     num_tokens: int
