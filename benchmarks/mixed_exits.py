@@ -40,7 +40,7 @@ Asked = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One batch decoded: seconds without those of prompts, texts, and gaps between events of rows without drafts."""
+    """One batch decoded: seconds without those of prompts, texts, and gaps of rows that do not draft."""
 
     seconds: float
     num_tokens: int
