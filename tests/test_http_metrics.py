@@ -19,7 +19,14 @@ SCRIPT = [
         "draft_length": 2,
     },
     {"prompt": "x = ", "seed": 2, "max_tokens": 32, "draft_length": 0},
-    {"prompt": "def one(n):\n", "temperature": 0, "max_tokens": 64, "stop": ["e"], "draft_length": 6},
+    {
+        "prompt": "def one(n):\n",
+        "temperature": 0,
+        "max_tokens": 64,
+        "stop": ["e"],
+        "exit_layer": 4,
+        "draft_length": 6,
+    },
     {"prompt": [100, 200, 300], "seed": 3, "max_tokens": 1},
 ]
 
