@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-_STRETCH: Final = 1.5
+_STRETCH: Final = 1.25
 """A prompt's part of a step may take so many times what the step takes without it."""
 
 _LEAST_TOKENS: Final = 16
