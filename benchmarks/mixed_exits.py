@@ -148,7 +148,7 @@ def _report(runs: dict[str, list[Run]], options: argparse.Namespace) -> dict[str
             else None,
         }
         print(f"{name:22} {lines[name]}")
-    asked = {key: str(value) for key, value in vars(options).items()}
+    asked = {**vars(options), "model": Path(options.model).resolve().name}
     return {"benchmark": "mixed_exits", "hardware": hardware(), "asked": asked, "lines": lines}
 
 

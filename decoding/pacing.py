@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Final
 
 _STRETCH: Final = 1.25
-"""A prompt's part of a step may take so many times what the step takes without it."""
+"""Prompts' part of a step may take so many times what the step takes without it, where no more rows wait for their
+first token than for their next."""
 
 _LEAST_TOKENS: Final = 16
 """A prompt always comes on by so many tokens. Parts as short as this say little of what longer ones cost."""
@@ -37,11 +38,12 @@ class PromptPacer:
             beside = self._step_s if self._step_s and len(prompt_parts) < len(fed) else 0.0
             self._token_s = _moved(self._token_s, max(0.0, seconds - beside) / sum(prompt_parts))
 
-    def num_prompt_tokens(self, num_decoding: int, most: int) -> int:
-        """How many tokens of prompts, `most` or less, may join a step in which so many rows decode."""
+    def num_prompt_tokens(self, *, num_decoding: int, num_beginning: int, most: int) -> int:
+        """How many tokens of prompts, `most` or less, may join a step of rows that decode, while others begin."""
         if not num_decoding or not self._step_s or not self._token_s:
             return most
-        return min(most, max(_LEAST_TOKENS, int(_STRETCH * self._step_s / self._token_s)))
+        stretch = _STRETCH * max(1.0, num_beginning / num_decoding)
+        return min(most, max(_LEAST_TOKENS, int(stretch * self._step_s / self._token_s)))
 
 
 def _moved(known: float | None, seen: float) -> float:

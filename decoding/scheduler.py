@@ -143,10 +143,11 @@ class Scheduler:
 
     def _paced_budget(self) -> int:
         """Tokens that may be fed in the next step: of prompts no more than rows that decode can wait for."""
-        most = self._limits.max_num_batched_tokens
-        num_decoding = sum(s.num_pending == 1 for s in self._running)
-        num_prompt_tokens = self._pacer.num_prompt_tokens(num_decoding, most - num_decoding)
-        return max(len(self._running), num_decoding + num_prompt_tokens)
+        decoding = sum(s.num_pending == 1 for s in self._running)
+        beginning = len(self._running) - decoding + len(self._waiting)
+        most = self._limits.max_num_batched_tokens - decoding
+        paced = self._pacer.num_prompt_tokens(num_decoding=decoding, num_beginning=beginning, most=most)
+        return max(len(self._running), decoding + paced)
 
     def _fund_running(self, budget: int) -> list[Share]:
         """Shares of the running sequences: decoding rows first, so that a long prompt fills what they leave.

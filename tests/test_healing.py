@@ -64,6 +64,22 @@ def test_healing_teaches_early_exits_and_writes_what_both_loaders_read(tmp_path,
     Engine.load(EngineSettings(model=str(folder), max_model_len=64, num_blocks=8)).check_integrity()
 
 
+def test_of_the_update_as_much_is_kept_as_the_recipe_says(tmp_path, sources):
+    """Also by a run that has ended and is only written again."""
+    origin = make_checkpoint(tmp_path / "origin", num_layers=4)
+    options = RunOptions(tmp_path / "run", device="cpu")
+    weights = []
+    for share in (1.0, 0.25):
+        recipe = Recipe.model_validate(make_recipe(sources, kept_update=share))
+        model = LlamaForCausalLM.from_pretrained(heal(recipe, str(origin), options), dtype="float32")
+        weights.append(dict(model.named_parameters()))
+    untouched = dict(LlamaForCausalLM.from_pretrained(origin, dtype="float32").named_parameters())
+    for name, whole in weights[0].items():
+        expected = untouched[name] + 0.25 * (whole - untouched[name])
+        assert torch.allclose(weights[1][name], expected, rtol=2e-2, atol=2e-3), name
+    assert any(not torch.equal(whole, untouched[name]) for name, whole in weights[0].items())
+
+
 def test_what_healing_writes_is_what_it_measured(tmp_path, sources):
     """The merged low-rank updates are in the file: evaluating the file gives the report's numbers, nearly."""
     origin = make_checkpoint(tmp_path / "origin", num_layers=4)

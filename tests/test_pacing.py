@@ -55,19 +55,31 @@ def test_prompts_always_come_on() -> None:
     pacer = PromptPacer()
     pacer.observe([1, 1], 0.001)
     pacer.observe([512], 100.0)
-    assert pacer.num_prompt_tokens(2, 500) == 16
-    assert pacer.num_prompt_tokens(2, 5) == 5
+    assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=500) == 16
+    assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=5) == 5
 
 
 @pytest.mark.parametrize("num_decoding", [0, 3])
 def test_nothing_is_held_back_before_anything_is_known(num_decoding: int) -> None:
-    assert PromptPacer().num_prompt_tokens(num_decoding, 500) == 500
+    assert PromptPacer().num_prompt_tokens(num_decoding=num_decoding, num_beginning=1, most=500) == 500
 
 
-def test_a_step_that_was_held_up_changes_little() -> None:
+def known() -> PromptPacer:
     pacer = PromptPacer()
     pacer.observe([1], STEP_S)
     pacer.observe([512], 512 * TOKEN_S)
-    before = pacer.num_prompt_tokens(1, 500)
+    return pacer
+
+
+def test_many_who_wait_for_their_first_token_count_more_than_few_who_wait_for_their_next() -> None:
+    one, many = (
+        known().num_prompt_tokens(num_decoding=4, num_beginning=waiting, most=500) for waiting in (1, 28)
+    )
+    assert one < 0.2 * many < 100
+
+
+def test_a_step_that_was_held_up_changes_little() -> None:
+    pacer = known()
+    before = pacer.num_prompt_tokens(num_decoding=1, num_beginning=1, most=500)
     pacer.observe([1, 100], 30.0)
-    assert pacer.num_prompt_tokens(1, 500) >= 0.8 * before
+    assert pacer.num_prompt_tokens(num_decoding=1, num_beginning=1, most=500) >= 0.8 * before

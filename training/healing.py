@@ -62,6 +62,8 @@ def heal(recipe: Recipe, model_name: str, options: RunOptions) -> Path:
     follow(trainer, options)
     if recipe.lora is not None:
         _merge_lora(model)
+    if recipe.kept_update < 1:
+        keep_update(model, LlamaForCausalLM.from_pretrained(origin, dtype="float32"), recipe.kept_update)
     after = measure(model, texts)
     folder = options.folder / recipe.name
     write_checkpoint(model, texts.tokenizer, folder)
@@ -110,6 +112,14 @@ def _beginning(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
     ids: list[int] = tokenizer.encode(text.partition(mark)[0], add_special_tokens=False)
     return ids
+
+
+def keep_update(model: LlamaForCausalLM, untouched: LlamaForCausalLM, share: float) -> None:
+    """Move the weights of `model` towards those it started from: this share of the way is left. In place."""
+    theirs = dict(untouched.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.lerp_(theirs[name].to(parameter), 1 - share)
 
 
 def _texts(recipe: Recipe, origin: Path, options: RunOptions) -> Texts:

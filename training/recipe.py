@@ -131,7 +131,11 @@ class Distillation(_Part):
 
 
 class Recipe(_Part):
-    """Everything that decides what a run computes. Layers, steps and formulas as in `training.schedules`."""
+    """Everything that decides what a run computes. Layers, steps and formulas as in `training.schedules`.
+
+    Of what healing changed in the weights `kept_update` is kept: less gives up agreement of early layers for the
+    quality of the last (weight averaging: Wortsman and others, arXiv 2109.01903).
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = Field(default=1, ge=0)
@@ -145,6 +149,7 @@ class Recipe(_Part):
     optimizer: Optimizer = Optimizer()
     lora: Lora | None = None
     distillation: Distillation | None = None
+    kept_update: float = Field(default=1.0, gt=0, le=1)
     compile_layers: bool = False
 
     @model_validator(mode="after")

@@ -24,8 +24,8 @@ from training.recipe import Recipe, RecipeError
 from training.stack import Batch, SkippingStack, Weighing, draw_runs
 
 _STATE: Final = "state"
-_MAY_CHANGE: Final = {"num_steps", "compile_layers"}
-"""Keys that a run may be continued with other values of: a longer run, the same arithmetic."""
+_MAY_CHANGE: Final = {"num_steps", "compile_layers", "kept_update"}
+"""Keys that a run may be continued with other values of: they leave the arithmetic of its steps alone."""
 
 
 @dataclass(frozen=True, slots=True)
