@@ -41,7 +41,9 @@ _SURPRISING: Final = 0.5
 _PROBED_STEPS: Final = 4
 _HOPELESS_STEPS: Final = 4096
 _HOPELESS_DRAFTS: Final = 60
-"""After so many drafts without an exit layer that pays for a row alone, trying again is rare."""
+"""Trying again is rare once so many drafts, and probes ever further apart, found no exit layer that pays for a row
+alone.
+"""
 
 _WORTH_TRYING: Final = 0.9
 """A neighbouring exit layer that promises less than this share of the best rate is not tried."""
@@ -186,7 +188,8 @@ class Controller:
         drafts = chosen.drafts
         self._is_plain = not drafts
         if not among and batch.num_rows == 1:
-            self.pays = drafts or self._num_drafts < _HOPELESS_DRAFTS
+            is_hopeless = self._num_drafts >= _HOPELESS_DRAFTS and self._probe_steps >= _PROBE_STEPS
+            self.pays = drafts or not is_hopeless
         if self._num_steps >= self._next_probe:
             self._plan_probe(drafts=drafts)
             other = self._other(best, plain, candidates, drafts=drafts)
