@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -287,11 +288,22 @@ def test_restarts_leave_no_process_thread_or_descriptor_behind(tmp_path) -> None
             num_files = process.num_fds() - len(process.net_connections("tcp"))
             return len(process.children()), process.num_threads(), num_files
 
+        def settled() -> list[int]:
+            """The least of each within half a second: what is about to end is not counted."""
+            samples = []
+            for _ in range(10):
+                samples.append(held())
+                time.sleep(0.05)
+            return [min(column) for column in zip(*samples, strict=True)]
+
         counts = []
-        for _ in range(4):
+        for _ in range(5):
             assert server.text(prompt="a", max_tokens=3)
             os.kill(server.worker_pid, signal.SIGKILL)
             wait_until(lambda: server.health() == 503)
             server.wait_ready()
-            counts.append(held())
-            wait_until(lambda: held() == counts[0], timeout_s=5)
+            counts.append(settled())
+        # What one restart leaves behind, four leave four times; a pool of threads may still have grown by one.
+        growth = [last - first for first, last in zip(counts[0], counts[-1], strict=True)]
+        assert growth[0] <= 0
+        assert max(growth) < 4
