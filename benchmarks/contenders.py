@@ -12,9 +12,9 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
-from benchmarks.timing import Job, Prompt, Run, Step
+from benchmarks.timing import Job, Prompt, Run, Sampled, Step
 from decoding.engine import Engine
 from decoding.messages import Drafter, Generate, SamplingParams, StepReport, sequence_seed
 
@@ -125,10 +125,7 @@ class TransformersAssisted:
 
     def run(self, job: Job) -> Run:
         """One `generate()` call; draft length and threshold are read from the model, not from arguments."""
-        settings = self.model.generation_config
-        settings.num_assistant_tokens = self.draft_length
-        settings.num_assistant_tokens_schedule = "constant"
-        settings.assistant_confidence_threshold = 0
+        draft_always(self.model.generation_config, self.draft_length)
         return generate(self.model, job, assistant_early_exit=self.exit_layer)
 
 
@@ -146,15 +143,7 @@ def load_transformers(
 def generate(model: LlamaForCausalLM, job: Job, **assistance: object) -> Run:
     """One `generate()` call for a whole job; `assistance` are further arguments of it."""
     ids_BT, mask_BT = _left_padded(job)
-    choice: dict[str, object] = {"do_sample": False}
-    if job.sampled.temperature:
-        # transformers' own default of top_k 50 would make it another distribution.
-        choice = {
-            "do_sample": True,
-            "temperature": job.sampled.temperature,
-            "top_p": job.sampled.top_p,
-            "top_k": 0,
-        }
+    choice = choice_of(job.sampled)
     torch.manual_seed(SEED + job.prompts[0].index)
     started = time.perf_counter()
     out_BT = model.generate(
@@ -164,6 +153,21 @@ def generate(model: LlamaForCausalLM, job: Job, **assistance: object) -> Run:
     new = out_BT[:, ids_BT.shape[1] :].tolist()
     assert all(len(row) == job.new_tokens for row in new)
     return Run(tuple(map(tuple, new)), wall_s)
+
+
+def draft_always(settings: GenerationConfig, draft_length: int) -> None:
+    """Have an assistant draft so much in every cycle, however sure it is."""
+    settings.num_assistant_tokens = draft_length
+    settings.num_assistant_tokens_schedule = "constant"
+    settings.assistant_confidence_threshold = 0
+
+
+def choice_of(sampled: Sampled) -> dict[str, object]:
+    """How transformers is to choose tokens."""
+    if not sampled.temperature:
+        return {"do_sample": False}
+    # Its own default of top_k 50 would make it another distribution.
+    return {"do_sample": True, "temperature": sampled.temperature, "top_p": sampled.top_p, "top_k": 0}
 
 
 def _left_padded(job: Job) -> tuple[Tensor, Tensor]:

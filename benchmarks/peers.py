@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Self
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
-from benchmarks.contenders import SEED, generate, load_transformers
+from benchmarks.contenders import SEED, choice_of, draft_always, generate, load_transformers
 from benchmarks.timing import Contender, Job, Run
 
 if TYPE_CHECKING:
@@ -43,10 +43,7 @@ class TransformersDrafted:
 
     def run(self, job: Job) -> Run:
         """One `generate()` call; the draft length is read from the draft model, not from arguments."""
-        settings = self.draft_model.generation_config
-        settings.num_assistant_tokens = self.draft_length
-        settings.num_assistant_tokens_schedule = "constant"
-        settings.assistant_confidence_threshold = 0
+        draft_always(self.draft_model.generation_config, self.draft_length)
         return generate(self.model, job, assistant_model=self.draft_model)
 
 
@@ -68,17 +65,11 @@ class TransformersContinuous:
 
     def run(self, job: Job) -> Run:
         """Greedy or sampled, from a noise of its own."""
-        sampled = job.sampled
-        choice = {"do_sample": False}
-        if sampled.temperature:
-            choice = {
-                "do_sample": True,
-                "temperature": sampled.temperature,
-                "top_p": sampled.top_p,
-                "top_k": 0,
-            }
         settings = GenerationConfig(
-            max_new_tokens=job.new_tokens, eos_token_id=_NO_TOKEN, pad_token_id=0, **choice
+            max_new_tokens=job.new_tokens,
+            eos_token_id=_NO_TOKEN,
+            pad_token_id=0,
+            **choice_of(job.sampled),
         )
         batching = ContinuousBatchingConfig(
             page_size=_PAGE,

@@ -38,7 +38,8 @@ _PRIOR: Final = 4.0
 _FIRST_PRIOR: Final = 16.0
 """What a guess counts against drafts that were seen; the first position should not be swayed by a few."""
 
-_MOST: Final = 0.98
+SUREST: Final = 0.98
+"""No draft is surer than this."""
 
 
 @dataclass(slots=True, eq=False)
@@ -149,7 +150,7 @@ class AcceptanceRecord:
         guess = self._guess(exit_layer)
         for position, (reached, kept) in enumerate(zip(reached_K, kept_K, strict=True)):
             prior = _PRIOR if position else _FIRST_PRIOR
-            guess = min((kept + prior * guess) / (reached + prior), _MOST)
+            guess = min((kept + prior * guess) / (reached + prior), SUREST)
             curve_K[position] = guess
         return curve_K
 
@@ -169,4 +170,4 @@ class AcceptanceRecord:
         if exit_layer < nearest:
             return rate * math.sqrt(exit_layer / nearest)
         refused = (1 - rate) * (self._num_layers - exit_layer) / (self._num_layers - nearest)
-        return min(1 - refused, _MOST)
+        return min(1 - refused, SUREST)

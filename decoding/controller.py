@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from decoding.acceptance_record import AcceptanceRecord, RowRecord
+from decoding.acceptance_record import SUREST, AcceptanceRecord, RowRecord
 from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, StepOutcome
 from decoding.messages import Drafter
 from decoding.step_costs import StepCosts
@@ -53,9 +53,6 @@ _GUESSED: Final = 0.95
 
 _WORTH_CHANGING: Final = 1.02
 """What is in use stays until something promises so much more."""
-
-_SUREST: Final = 0.98
-"""No draft is surer than this."""
 
 _LEAST_LOOKED_UP: Final = 0.25
 """Looked-up drafts are thought no worse: another text may repeat itself more, and nothing else would show it."""
@@ -136,7 +133,7 @@ class Controller:
 
     def lookup_length(self, num_rows: int, limit: int) -> int:
         """Drafts that were looked up cost no layers before they are verified."""
-        rate = min(max(0.5 * self._lookups.ratio, _LEAST_LOOKED_UP), _SUREST)
+        rate = min(max(0.5 * self._lookups.ratio, _LEAST_LOOKED_UP), SUREST)
         lengths = np.arange(min(limit, self._max_draft_length) + 1)
         expected = np.cumsum(np.power(rate, lengths))
         seconds = self._costs.verify_s(1, num_rows, num_rows * (1 + lengths)) + self._costs.host_s(num_rows)
@@ -178,7 +175,9 @@ class Controller:
 
     def _decide(self, rows: Sequence[DraftingRow], among: ExitLayers, num_others: int) -> _Standing:
         self._record.refresh()
-        batch = Batch.of(rows, longest=self._max_draft_length, num_others=num_others)
+        advantages = advantages_of(row.record for row in rows)
+        longest = min(self._max_draft_length, max(row.limit for row in rows))
+        batch = Batch.of([advantage for _, advantage in advantages], longest=longest, num_others=num_others)
         layers = among or self._layers_to_weigh()
         candidates = {layer: self._weigher.best_at(layer, batch) for layer in layers}
         best = max(candidates.values(), key=self._worth)
@@ -193,8 +192,8 @@ class Controller:
         if self._num_steps >= self._next_probe:
             self._plan_probe(drafts=drafts)
             other = self._other(best, plain, candidates, drafts=drafts)
-            return _standing(other, batch, rows, _PROBED_STEPS)
-        self._settled[among] = standing = _standing(chosen, batch, rows, _KEPT_STEPS)
+            return _standing(other, batch, advantages, _PROBED_STEPS)
+        self._settled[among] = standing = _standing(chosen, batch, advantages, _KEPT_STEPS)
         return standing
 
     def _worth(self, candidate: Candidate) -> float:
@@ -247,9 +246,9 @@ class Controller:
         return plain if least_known is None or self._is_plains_turn else least_known
 
 
-def _standing(chosen: Candidate, batch: Batch, rows: Sequence[DraftingRow], steps: int) -> _Standing:
+def _standing(
+    chosen: Candidate, batch: Batch, advantages: Sequence[tuple[RowRecord, float]], steps: int
+) -> _Standing:
     by_advantage = dict(zip(batch.advantages, chosen.lengths, strict=True))
-    by_row = {
-        row.record: by_advantage[advantage] for row, advantage in zip(rows, advantages_of(rows), strict=True)
-    }
+    by_row = {record: by_advantage[advantage] for record, advantage in advantages}
     return _Standing(chosen.exit_layer, by_advantage, by_row, batch.num_rows, steps)

@@ -8,19 +8,15 @@ Shapes: C kinds of rows, K draft positions, M candidates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median_high
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 
-from decoding.acceptance_record import AcceptanceRecord
-from decoding.choice import DraftingRow
+from decoding.acceptance_record import SUREST, AcceptanceRecord, RowRecord
 from decoding.step_costs import Counts, Floats, StepCosts
-
-_MOST: Final = 0.98
-"""No draft is surer than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +33,11 @@ class Batch:
     num_others: int
 
     @classmethod
-    def of(cls, rows: Sequence[DraftingRow], *, longest: int, num_others: int = 0) -> Self:
+    def of(cls, advantages: Sequence[float], *, longest: int, num_others: int) -> Self:
         """The kinds of row in a batch."""
-        counts = Counter(advantages_of(rows))
-        limit = max(row.limit for row in rows)
+        counts = Counter(advantages)
         counts_C = np.array(list(counts.values()), dtype=np.int64)
-        return cls(tuple(counts), counts_C, min(limit, longest), num_others)
+        return cls(tuple(counts), counts_C, longest, num_others)
 
     @property
     def num_rows(self) -> int:
@@ -51,7 +46,7 @@ class Batch:
 
     def kept_probabilities(self, curve_K: Floats) -> Floats:
         """Probability that a run of drafts is kept up to each position, [C, K]."""
-        each_CK = np.minimum(np.array(self.advantages)[:, None] * curve_K[: self.longest], _MOST)
+        each_CK = np.minimum(np.array(self.advantages)[:, None] * curve_K[: self.longest], SUREST)
         kept_CK: Floats = each_CK.cumprod(axis=1)
         return kept_CK
 
@@ -120,10 +115,10 @@ class Weigher:
         )
 
 
-def advantages_of(rows: Sequence[DraftingRow]) -> list[float]:
-    """The rows' advantages. Rows ahead of most others end early and leave these to a smaller batch: they gain
+def advantages_of(records: Iterable[RowRecord]) -> list[tuple[RowRecord, float]]:
+    """The advantage of each row. Rows ahead of most others end early and leave these to a smaller batch: they gain
     nothing by drafting more.
     """
-    advantages = [row.record.advantage for row in rows]
-    usual = median_high(advantages)
-    return [min(advantage, usual) for advantage in advantages]
+    known = [(record, record.advantage) for record in records]
+    usual = median_high(advantage for _, advantage in known)
+    return [(record, min(advantage, usual)) for record, advantage in known]

@@ -42,6 +42,7 @@ class Lab:
 
     engines: dict[int, Engine]
     oracle: NaiveDecoder
+    model_draft_length: int | None = None
 
     def fresh_engine(
         self,
@@ -57,7 +58,7 @@ class Lab:
         loaded = self.engines[block_size]
         scheduler = Scheduler(
             BlockPool(num_blocks=num_blocks, block_size=block_size),
-            StepLimits(max_num_seqs, budget, promotes),
+            StepLimits(max_num_seqs, budget, promotes, self.model_draft_length),
             chooser or RandomChooser(0),
             device=torch.device("cpu"),
             clock=lambda: 0.0,

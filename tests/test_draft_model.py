@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,11 @@ from msgspec.structs import replace as replace_fields
 
 from config.errors import SettingsError
 from config.settings import EngineSettings
-from decoding.blocks import BlockPool
 from decoding.capacity import plan_capacity
-from decoding.choice import DraftChooser
 from decoding.draft_checkpoint import Checkpoints
 from decoding.engine import Engine
 from decoding.messages import Decoded, Drafter, Generate, LogitEdits, SamplingParams
-from decoding.planning import StepLimits
-from decoding.scheduler import Scheduler
-from tests.mixes import MAX_LEN, NUM_LAYERS, VOCAB, Lab, RandomChooser, check_mixes, one_request
+from tests.mixes import MAX_LEN, NUM_LAYERS, VOCAB, Lab, check_mixes, one_request
 from tests.oracle import NaiveDecoder
 from tests.tiny import make_checkpoint, write_tokenizer
 
@@ -37,29 +33,13 @@ class RedirectingEngine(Engine):
 class DraftLab(Lab):
     """A lab whose engines have a draft model."""
 
-    schedulers: list[Scheduler] = field(default_factory=list)
+    model_draft_length: int | None = 3
 
-    def fresh_engine(
-        self,
-        *,
-        block_size: int,
-        num_blocks: int,
-        max_num_seqs: int,
-        budget: int,
-        chooser: DraftChooser | None = None,
-        promotes: bool = False,
-        redirects: bool = True,
-    ) -> Engine:
-        loaded = self.engines[block_size]
-        scheduler = Scheduler(
-            BlockPool(num_blocks=num_blocks, block_size=block_size),
-            StepLimits(max_num_seqs, budget, promotes, model_draft_length=3),
-            chooser or RandomChooser(0),
-            device=torch.device("cpu"),
-            clock=lambda: 0.0,
-        )
-        made = RedirectingEngine if redirects else Engine
-        return made(loaded.ready, loaded.runtime, scheduler, clock=lambda: 0.0)
+    def fresh_engine(self, *, redirects: bool = True, **limits) -> Engine:
+        made = super().fresh_engine(**limits)
+        if not redirects:
+            return made
+        return RedirectingEngine(made.ready, made.runtime, made._scheduler, clock=lambda: 0.0)
 
 
 def make_draft_lab(folder: Path, draft_folder: Path) -> DraftLab:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_NAMES: Final = {
+TENSOR_NAMES: Final = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -42,6 +42,8 @@ _NAMES: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+"""What a tensor is called in a GGUF file, and in a Hugging Face one."""
+
 _TENSOR_NAME: Final = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.weight")
 
 
@@ -176,10 +178,10 @@ def read_tensors(file: GgufFile, config: LlamaConfig) -> dict[str, Tensor]:
 
 def _hugging_face_name(file: GgufFile, tensor: ReaderTensor) -> str:
     match = _TENSOR_NAME.fullmatch(tensor.name)
-    if match is None or match["part"] not in _NAMES:
+    if match is None or match["part"] not in TENSOR_NAMES:
         raise GgufError(f"{file.path}: tensor {tensor.name} is unknown; pass a GGUF of a plain Llama model")
     prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
-    return f"{prefix}{_NAMES[match['part']]}.weight"
+    return f"{prefix}{TENSOR_NAMES[match['part']]}.weight"
 
 
 def _read(file: GgufFile, tensor: ReaderTensor, like: Tensor, config: LlamaConfig) -> Tensor:
