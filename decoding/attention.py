@@ -19,10 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from decoding.kv_cache import KVCache
-from decoding.ragged import Ints, Ragged
-
-_MAX_SHARED_QUERIES: Final = 32
-"""Rows with more queries than this are attended alone: padding others to their length would cost more."""
+from decoding.ragged import LENGTH_CLASSES, Ints, Ragged, length_classes
 
 _SHORT_CONTEXT: Final = 512
 """Padding a row to a context up to this costs less than attending it in a call of its own."""
@@ -137,10 +134,11 @@ class GatherAttention:
         self._repeats = shape.num_heads // shape.num_kv_heads
 
     def arrange(self, tokens: Ragged, classes_B: Ints) -> Arrangement:
-        """Put rows in bands: neighbours share one if they have few queries and contexts of one class."""
+        """Put rows in bands: neighbours share one if their queries and contexts are of one class, but long rows."""
         counts_B = tokens.counts_B
-        is_long_B = counts_B > _MAX_SHARED_QUERIES
-        starts_band_B = is_long_B[1:] | is_long_B[:-1] | (np.diff(classes_B) != 0)
+        lengths_B = length_classes(counts_B)
+        is_long_B = lengths_B == len(LENGTH_CLASSES)
+        starts_band_B = is_long_B[1:] | (np.diff(lengths_B) != 0) | (np.diff(classes_B) != 0)
         edges = [0, *(np.flatnonzero(starts_band_B) + 1).tolist(), len(counts_B)]
         return _Banded(
             tokens=tokens,

@@ -18,32 +18,54 @@ _LEAST_TOKENS: Final = 16
 _PACE: Final = 0.2
 """Share of a step's surprise that is believed."""
 
+_UNLOOKED_STEPS: Final = 64
+"""What a step takes without prompts is believed for so many steps with them."""
+
 _MOST_SURPRISING: Final = 2.0
 """One step that took longer than this many times the expected was held up by something else."""
 
 
 class PromptPacer:
-    """Learns what steps and prompt tokens take. Unknown, a prompt is not held back."""
+    """Learns what steps and prompt tokens take. Unknown, a prompt is not held back.
+
+    What a step takes without prompts is known by the number of rows that decode, to the next power of two. Where
+    prompts come without end, now and then a step goes without them to look: from steps with prompts alone one
+    cannot tell which part is whose.
+    """
 
     def __init__(self) -> None:
-        self._step_s: float | None = None
+        self._step_s: dict[int, float] = {}
+        self._num_unlooked: dict[int, int] = {}
         self._token_s: float | None = None
 
     def observe(self, fed: Sequence[int], seconds: float) -> None:
         """Learn from a step whose rows were fed so many tokens each; those that decode are fed one."""
         prompt_parts = [num_tokens for num_tokens in fed if num_tokens > 1]
+        size = (len(fed) - len(prompt_parts)).bit_length()
         if not prompt_parts:
-            self._step_s = _moved(self._step_s, seconds)
+            self._step_s[size] = _moved(self._step_s.get(size), seconds)
+            self._num_unlooked[size] = 0
         elif sum(prompt_parts) > _LEAST_TOKENS:
-            beside = self._step_s if self._step_s and len(prompt_parts) < len(fed) else 0.0
+            beside = self._step_s.get(size, 0.0)
             self._token_s = _moved(self._token_s, max(0.0, seconds - beside) / sum(prompt_parts))
 
     def num_prompt_tokens(self, *, num_decoding: int, num_beginning: int, most: int) -> int:
         """How many tokens of prompts, `most` or less, may join a step of rows that decode, while others begin."""
-        if not num_decoding or not self._step_s or not self._token_s:
+        if not num_decoding or not self._token_s or not self._step_s:
             return most
+        size = num_decoding.bit_length()
+        if self._must_look(size):
+            return 0
+        step_s = self._step_s.get(size) or max(self._step_s.values())
         stretch = _STRETCH * max(1.0, num_beginning / num_decoding)
-        return min(most, max(_LEAST_TOKENS, int(stretch * self._step_s / self._token_s)))
+        return min(most, max(_LEAST_TOKENS, int(stretch * step_s / self._token_s)))
+
+    def _must_look(self, size: int) -> bool:
+        """Whether it is time for a step without prompts; it is counted as taken, whatever comes of it."""
+        num_unlooked = self._num_unlooked.get(size, _UNLOOKED_STEPS) + 1
+        is_due = num_unlooked > _UNLOOKED_STEPS
+        self._num_unlooked[size] = 0 if is_due else num_unlooked
+        return is_due
 
 
 def _moved(known: float | None, seen: float) -> float:

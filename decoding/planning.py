@@ -14,6 +14,7 @@ from decoding.edits import Edited, Editor
 from decoding.logits import Sampling
 from decoding.messages import Drafter, Generate
 from decoding.plan import Following, Plan, PromptScoring, Wanted
+from decoding.ragged import length_classes
 from decoding.sequence import Sequence
 
 
@@ -35,6 +36,11 @@ class Share:
     def num_drafts(self) -> int:
         """Drafts of any kind; never of two."""
         return self.draft_length + self.model_length + len(self.looked_up)
+
+    @property
+    def length_class(self) -> int:
+        """Of the tokens fed, looked-up drafts among them."""
+        return int(length_classes(np.array(self.num_fed + len(self.looked_up))))
 
     @property
     def num_followed(self) -> int:

@@ -8,11 +8,21 @@ Shapes: B rows, N tokens of all rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+
+LENGTH_CLASSES: Final = np.array([8, 32])
+"""Longest rows of the classes of length: rows of one class are cheap to pad to one another, those of the last never."""
+
+
+def length_classes(counts_B: Ints) -> Ints:
+    """Which class each row's number of tokens falls in: 0 for decoding rows, up to `len(LENGTH_CLASSES)`."""
+    classes_B: Ints = np.searchsorted(LENGTH_CLASSES, counts_B)
+    return classes_B
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,8 +100,8 @@ class Scheduler:
             budget -= share.num_fed
         num_fed = sum(share.num_fed for share in shares)
         shares = self._speculator.add_drafts(shares, self._limits.max_num_batched_tokens - num_fed)
-        # Rows of like draft length and context side by side are drafted and attended together.
-        shares.sort(key=lambda share: (-share.draft_length, len(share.sequence.token_ids)))
+        # Rows that are alike side by side are drafted and attended together.
+        shares.sort(key=lambda share: (-share.draft_length, share.length_class, len(share.sequence.token_ids)))
         self._planned = shares
         return self._plans.of(shares) if shares else None
 

@@ -66,7 +66,8 @@ def test_nothing_is_held_back_before_anything_is_known(num_decoding: int) -> Non
 
 def known() -> PromptPacer:
     pacer = PromptPacer()
-    pacer.observe([1], STEP_S)
+    for num_rows in (1, 4):
+        pacer.observe([1] * num_rows, STEP_S)
     pacer.observe([512], 512 * TOKEN_S)
     return pacer
 
@@ -83,3 +84,24 @@ def test_a_step_that_was_held_up_changes_little() -> None:
     before = pacer.num_prompt_tokens(num_decoding=1, num_beginning=1, most=500)
     pacer.observe([1, 100], 30.0)
     assert pacer.num_prompt_tokens(num_decoding=1, num_beginning=1, most=500) >= 0.8 * before
+
+
+def test_without_end_of_prompts_a_growing_batch_is_looked_at_alone_now_and_then() -> None:
+    pacer = PromptPacer()
+    pacer.observe([1] * 4, STEP_S)
+    pacer.observe([512], 512 * TOKEN_S)
+    allowed = []
+    for _ in range(200):
+        num_tokens = pacer.num_prompt_tokens(num_decoding=32, num_beginning=1, most=500)
+        allowed.append(num_tokens)
+        fed = [1] * 32 + ([num_tokens] if num_tokens else [])
+        pacer.observe(fed, 8 * STEP_S + num_tokens * TOKEN_S)
+    assert 3 <= allowed.count(0) <= 4
+    # What eight times longer steps leave room for, not what those of few rows do.
+    assert min(allowed[2:64]) >= 0.9 * 8 * STEP_S / TOKEN_S
+
+
+def test_a_look_that_comes_to_nothing_is_not_repeated_at_once() -> None:
+    pacer = known()
+    allowed = [pacer.num_prompt_tokens(num_decoding=32, num_beginning=1, most=500) for _ in range(60)]
+    assert allowed.count(0) == 1
