@@ -134,7 +134,7 @@ class GatherAttention:
         self._repeats = shape.num_heads // shape.num_kv_heads
 
     def arrange(self, tokens: Ragged, classes_B: Ints) -> Arrangement:
-        """Put rows in bands: neighbours share one if their queries and contexts are of one class, but long rows."""
+        """Put rows in bands: neighbours share one if queries and contexts are of one class and short."""
         counts_B = tokens.counts_B
         lengths_B = length_classes(counts_B)
         is_long_B = lengths_B == len(LENGTH_CLASSES)
