@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 LENGTH_CLASSES: Final = np.array([8, 32])
-"""Longest rows of the classes of length. Rows of one class are cheap to pad to one another, but those of the last."""
+"""Longest rows of the classes of length. Those of one class are cheap to pad to one another, but for the last."""
 
 
 def length_classes(counts_B: Ints) -> Ints:
