@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from decoding.kernel_devices import takes_kernels
 from decoding.messages import SamplingParams
 from decoding.noise import seed_keys
 
@@ -24,7 +25,8 @@ _FIRST_RANKED: Final = 256
 class Sampling:
     """Sampling parameters of N tokens as columns, and what the whole batch can skip.
 
-    `keys_2N` holds the seeds as the noise uses them; `top_ks_N` is int64 with 0 for off; the rest float64.
+    `keys_2N` holds the seeds as the noise uses them; `top_ks_N` is int64 with 0 for off; the rest float64. They are
+    `all_narrow` if each is greedy or has top-k or top-p, and none min-p.
     """
 
     temperatures_N: Tensor
@@ -37,6 +39,7 @@ class Sampling:
     any_truncated: bool
     any_top_k: bool
     any_min_p: bool
+    all_narrow: bool
 
     @classmethod
     def of(cls, params: list[SamplingParams], seeds: list[int], device: torch.device) -> Sampling:
@@ -45,6 +48,8 @@ class Sampling:
         table = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params], dtype=np.float64)
         temperatures, top_ks, top_ps, min_ps = (torch.from_numpy(c.copy()).to(device) for c in table.T)
         sampled = table[:, 0] > 0
+        truncated = (table[:, 1] > 0) | (table[:, 2] < 1)
+        any_min_p = bool(((table[:, 3] > 0) & sampled).any())
         return cls(
             temperatures_N=temperatures,
             top_ks_N=top_ks.long(),
@@ -53,9 +58,10 @@ class Sampling:
             keys_2N=seed_keys(seeds).to(device),
             any_sampled=bool(sampled.any()),
             all_sampled=bool(sampled.all()),
-            any_truncated=bool((((table[:, 1] > 0) | (table[:, 2] < 1)) & sampled).any()),
+            any_truncated=bool((truncated & sampled).any()),
             any_top_k=bool(((table[:, 1] > 0) & sampled).any()),
-            any_min_p=bool(((table[:, 3] > 0) & sampled).any()),
+            any_min_p=any_min_p,
+            all_narrow=not any_min_p and bool((truncated | ~sampled).all()),
         )
 
     def take(self, index_M: Tensor) -> Sampling:
@@ -103,6 +109,11 @@ def _drop_improbable(scores_NV: Tensor, sampling: Sampling) -> None:
 
 def _truncate(scores_NV: Tensor, sampling: Sampling) -> None:
     """Keep the `top_k` best, then the fewest whose probabilities reach `top_p`."""
+    if takes_kernels(scores_NV):
+        from decoding import sampling_triton
+
+        sampling_triton.truncate(scores_NV, sampling)
+        return
     vocab_size = scores_NV.shape[-1]
     # Ranking a whole vocabulary costs more than a layer; on a CPU the cut is first sought among the best.
     width = min(_FIRST_RANKED, vocab_size) if scores_NV.device.type == "cpu" else vocab_size

@@ -10,8 +10,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from decoding.ragged import Ints
 
 _WORD: Final = 0xFFFFFFFF
 _FIRST_MULTIPLIER: Final = 0x2C1B3C6D
@@ -50,6 +54,31 @@ def gumbel_noise(keys_2N: Tensor, positions_N: Tensor, vocab_size: int, *, dtype
     u_NV.add_(u_NV < 0)
     u_NV.clamp_(max=1 - torch.finfo(dtype).eps / 2)
     return u_NV.neg_().log1p_().neg_().log_().neg_()
+
+
+def gumbel_noise_of(
+    ids_NW: Ints, keys_2N: NDArray[np.int32], positions_N: Ints, *, dtype: np.dtype[np.floating]
+) -> NDArray[np.floating]:
+    """The same noise of these token ids alone, [N, W], in NumPy: for few ids on a CPU."""
+    first_N, second_N = _mix_words(keys_2N.view(np.uint32) + positions_N.astype(np.uint32))
+    bits_NW = _mix_words(ids_NW.astype(np.uint32)) ^ first_N[:, None]
+    bits_NW += second_N[:, None]
+    u_NW = _mix_words(bits_NW).view(np.int32).astype(dtype)
+    u_NW *= 2.0**-32
+    u_NW += 2.0**-33
+    u_NW += u_NW < 0
+    np.minimum(u_NW, 1 - np.finfo(dtype).eps / 2, out=u_NW)
+    return -np.log(-np.log1p(-u_NW))
+
+
+def _mix_words(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """`_mix` of unsigned words, which NumPy shifts logically."""
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(_FIRST_MULTIPLIER)
+    x ^= x >> np.uint32(12)
+    x *= np.uint32(_SECOND_MULTIPLIER)
+    x ^= x >> np.uint32(15)
+    return x
 
 
 def _seed_key(word: int, other: int) -> int:
