@@ -25,8 +25,8 @@ _FIRST_RANKED: Final = 256
 class Sampling:
     """Sampling parameters of N tokens as columns, and what the whole batch can skip.
 
-    `keys_2N` holds the seeds as the noise uses them; `top_ks_N` is int64 with 0 for off; the rest float64. They are
-    `all_narrow` if each is greedy or has top-k or top-p, and none min-p.
+    `keys_2N` holds the seeds as the noise uses them; `top_ks_N` is int64 with 0 for off; the rest float64. They
+    are `all_narrow` if each is greedy or has top-k or top-p, and none min-p.
     """
 
     temperatures_N: Tensor
