@@ -199,6 +199,8 @@ def _variants(
         yield Variant(name, engine, ids, Drafter.EARLY_EXIT, layer, length, costs.head_flops)
     yield Variant("early exit, auto", engine, ids, Drafter.EARLY_EXIT, None, None, costs.head_flops)
     yield Variant(f"lookup γ={length}", engine, ids, Drafter.LOOKUP, 1, length)
+    # What is looked up is counted as if the head had drafted it: a step does not tell which drafts were.
+    yield Variant("hybrid, auto", engine, ids, Drafter.HYBRID, None, None, costs.head_flops)
     if assisted is not None and draft_costs is not None:
         size = f"{draft_costs.num_parameters / 1e6:.1f} M parameters"
         flops = draft_costs.layer_flops + draft_costs.head_flops

@@ -143,9 +143,9 @@ def test_table_has_a_row_for_every_assistant_and_task(checkpoint: Path, tmp_path
     assert json.loads(result.stdout.splitlines()[-1]) == document
     assistants = [row["assistant"] for row in document["rows"] if row["task"] == "all"]
     assert assistants[:4] == ["none", "early exit E=1 γ=4", "early exit E=2 γ=4", "early exit, auto"]
-    assert assistants[4] == "lookup γ=4"
-    assert assistants[5].startswith("draft model of 0.0 M")
-    tasks = ["complete", "summarise", "edit", "free", "all"]
+    assert assistants[4:6] == ["lookup γ=4", "hybrid, auto"]
+    assert assistants[6].startswith("draft model of 0.0 M")
+    tasks = ["complete", "summarise", "edit", "table", "free", "all"]
     assert [row["task"] for row in document["rows"]] == [task for task in tasks for _ in assistants]
     none, early, *_, model = (row for row in document["rows"] if row["task"] == "all")
     assert none["speed_up"] == 1.0
@@ -175,6 +175,7 @@ def test_tasks_are_three_prompts_each():
         "complete": 3,
         "summarise": 3,
         "edit": 3,
+        "table": 3,
         "free": 3,
     }
 
