@@ -37,10 +37,13 @@ PLAIN = Drafting(1, 0)
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One job run once: the new tokens of each prompt in order, and what it took."""
+    """One job run once: the new tokens of each prompt in order, and what the `num_timed` first of all took, which
+    came before the batch ran dry.
+    """
 
     token_ids: tuple[tuple[int, ...], ...]
     wall_s: float
+    num_timed: int
     drafted: int
     kept: int
 
@@ -50,8 +53,11 @@ class Pass:
 
     @property
     def tokens_per_s(self) -> float:
-        """All tokens over all of the time, prompts included."""
-        return self.num_tokens / self.wall_s
+        """Tokens over time, prompts included, while as many requests were under way as there should be.
+
+        A batch that runs dry says nothing of a server that has more to do, and more of who ends unevenly.
+        """
+        return self.num_timed / self.wall_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ class Driver:
     sequence_ids: Iterator[int]
 
     def run(self, job: Job, drafting: Drafting, *, concurrency: int) -> Pass:
-        """Decode the job's prompts, so many at once: where one ends, the next begins."""
+        """Decode the job's prompts, so many at once: where one ends, the next begins. Timed until none is left."""
         ids = [next(self.sequence_ids) for _ in job.prompts]
         waiting = deque(
             request_for(
@@ -71,19 +77,24 @@ class Driver:
             for prompt, number in zip(job.prompts, ids, strict=True)
         )
         reports: list[StepReport] = []
-        num_running = 0
+        num_running = num_timed = 0
+        wall_s = 0.0
         started = time.perf_counter()
         while waiting or self.engine.has_work:
             while waiting and num_running < concurrency:
                 self.engine.submit(waiting.popleft())
                 num_running += 1
+            is_full = num_running == concurrency
             report = self.engine.step()
             num_running -= sum(event.finish_reason is not None for event in report.decoded)
             reports.append(report)
-        return _pass(ids, reports, time.perf_counter() - started)
+            if is_full:
+                wall_s = time.perf_counter() - started
+                num_timed += sum(len(event.token_ids) for event in report.decoded)
+        return _pass(ids, reports, wall_s, num_timed)
 
 
-def _pass(ids: Sequence[int], reports: Sequence[StepReport], wall_s: float) -> Pass:
+def _pass(ids: Sequence[int], reports: Sequence[StepReport], wall_s: float, num_timed: int) -> Pass:
     token_ids: dict[int, list[int]] = {number: [] for number in ids}
     drafted = kept = 0
     for report in reports:
@@ -93,4 +104,4 @@ def _pass(ids: Sequence[int], reports: Sequence[StepReport], wall_s: float) -> P
             token_ids[event.sequence_id] += event.token_ids
             drafted += event.drafted
             kept += event.kept
-    return Pass(tuple(map(tuple, token_ids.values())), wall_s, drafted, kept)
+    return Pass(tuple(map(tuple, token_ids.values())), wall_s, num_timed, drafted, kept)

@@ -4,9 +4,9 @@ At each concurrency a short scan finds the best static exit layer and draft leng
 plain decoding and that static setting run the same prompts in turns, the order changing from round to round; each
 keeps so many requests under way, and where one ends the next begins. "auto" and plain decoding share one engine
 with its controller for the whole program, as the requests of a server do; what is static runs in a second engine,
-so that the controller learns nothing from it. All tokens over all of the time are counted, prompts included.
-Ratios are medians over rounds, with what they exceed with 95 % confidence. Every text is held against plain
-decoding's.
+so that the controller learns nothing from it. Tokens over time are counted, prompts included, until no request is
+left to begin: a batch that runs dry says more of who ends unevenly than of a server that has more to do. Ratios
+are medians over rounds, with what they exceed with 95 % confidence. Every text is held against plain decoding's.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Bench:
                 bar.update()
             if self.peer is not None and concurrency == self.peer_concurrency and number % _PEER_EVERY == 0:
                 run = self.peer.run(job)
-                found["peer"].append(Pass(run.token_ids, run.wall_s, 0, 0))
+                found["peer"].append(Pass(run.token_ids, run.wall_s, sum(map(len, run.token_ids)), 0, 0))
         auto, plain, fixed, peer = (tuple(passes) for passes in found.values())
         return Contest(sampled, concurrency, best, scan, auto, plain, fixed, peer)
 
@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1)
     add("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
     add("--pairs", type=int, default=15, help="rounds at every concurrency (default 15)")
-    add("--waves", type=int, default=2, help="requests of a round, in units of the concurrency (default 2)")
+    add("--waves", type=int, default=3, help="requests of a round, in units of the concurrency (default 3)")
     add("--tokens", type=int, default=64, help="tokens of every request (default 64)")
     add("--scan-tokens", type=int, default=32, help="the same in the scan (default 32)")
     add("--temperatures", type=float, nargs="+", default=[0.0, 0.8], metavar="T", help="0 is greedy")

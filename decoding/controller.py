@@ -181,6 +181,10 @@ class Controller:
         layers = among or self._layers_to_weigh()
         candidates = {layer: self._weigher.best_at(layer, batch) for layer in layers}
         best = max(candidates.values(), key=self._worth)
+        if not best.drafts:
+            # All promise the same then: what one draft would promise tells where to look again.
+            one = (1,) * len(batch.advantages)
+            best = max((self._weigher.rated(Candidate(e, one, 0.0), batch) for e in layers), key=self._worth)
         plain = self._weigher.rated(Candidate(best.exit_layer, (0,) * len(batch.advantages), 0.0), batch)
         found = best if best.rate > _MARGIN * plain.rate else plain
         chosen = self._unless_like(among, found, batch)
@@ -234,7 +238,7 @@ class Controller:
         if not drafts:
             # Are they kept by now, and cost what they did? What was seen long ago says less of that.
             self._record.fade()
-            return best if self.pays and best.drafts else replace(plain, lengths=(1,) * len(plain.lengths))
+            return best if self.pays else replace(plain, lengths=(1,) * len(plain.lengths))
         layers = sorted(candidates)
         place = layers.index(best.exit_layer)
         beside = [

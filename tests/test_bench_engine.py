@@ -73,7 +73,7 @@ def test_a_closed_loop_never_exceeds_its_number(checkpoint: Path):
 
 
 def passes(*speeds: float, text: tuple[int, ...] = (1, 2, 3, 4)) -> tuple[Pass, ...]:
-    return tuple(Pass((text,), len(text) / speed, drafted=4, kept=3) for speed in speeds)
+    return tuple(Pass((text,), len(text) / speed, len(text), drafted=4, kept=3) for speed in speeds)
 
 
 def contest(auto: tuple[Pass, ...]) -> Contest:
@@ -166,7 +166,7 @@ def test_a_short_run_tries_exits_in_the_first_half():
 def test_a_different_text_is_seen():
     witness, job = Witness(), Job((Prompt(0, (1,)),), 2, Sampled(0.0, 1.0))
     for text in ((4, 5), (4, 5), (4, 6)):
-        witness.see(None, job, Pass((text,), 1.0, 0, 0))
+        witness.see(None, job, Pass((text,), 1.0, len(text), 0, 0))
     assert (witness.num_tokens, witness.num_different) == (6, 1)
 
 
