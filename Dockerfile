@@ -38,6 +38,8 @@ LABEL org.opencontainers.image.title="layerskip-server" \
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
+# The launcher includes Python's C headers: without them kernels would be given up at every start, and silently.
+RUN test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
 # The root file system may be read-only: home is /tmp, and all that should outlive the container is in /cache.
 # Compiled kernels are loaded as shared objects, so they cannot stay in /tmp, which is often mounted noexec.
 RUN groupadd --gid 10001 layerskip \

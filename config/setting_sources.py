@@ -66,6 +66,15 @@ def refuse_unknown(key: str, known: Collection[str], kind: str) -> None:
     raise SettingsError(f"unknown {kind} {key}: {hint}")
 
 
+def under_one_name(values: object, name: str, *, alias: str) -> object:
+    """Values of settings, with what is given under an alias under its name. Raises SettingsError for both."""
+    if not isinstance(values, dict) or values.get(alias) is None:
+        return values
+    if values.get(name) is not None:
+        raise SettingsError(f"{alias} {values[alias]}: {name} is given, too; give one of the two")
+    return values | {name: values[alias], alias: None}
+
+
 def as_settings_error(error: ValidationError) -> SettingsError:
     """One line that names the first setting at fault, and how to give it; keys are not shown."""
     first = error.errors(include_url=False, include_context=False)[0]

@@ -42,6 +42,13 @@ class ExitPolicy(StrEnum):
     PROMOTE = "promote"
 
 
+class SchedulingPolicy(StrEnum):
+    """Which of the waiting requests is next."""
+
+    FCFS = "fcfs"
+    PRIORITY = "priority"
+
+
 class LogLevel(StrEnum):
     """The least severe log line that is written."""
 
@@ -59,6 +66,7 @@ class LogFormat(StrEnum):
 
 
 _ORIGIN: Final = re.compile(r"\*|https?://[^/\s*]+")
+_LEAST_SILENCE_S: Final = 2.0
 _BEARER_KEY: Final = re.compile(r"[!-~]+", re.ASCII)
 
 
@@ -83,9 +91,16 @@ def _check_origin(origin: str) -> str:
     return origin
 
 
+def _check_silence(seconds: float) -> float:
+    if 0 < seconds < _LEAST_SILENCE_S:
+        raise ValueError(f"must be 0 or at least {_LEAST_SILENCE_S:g}: an idle worker is heard every second")
+    return seconds
+
+
 # For settings that are lists, which flags and variables hold as text.
 COMMA_LIST: Final = (NoDecode, BeforeValidator(_split_commas))
 
 ApiKey = Annotated[SecretStr, AfterValidator(_check_key)]
+Silence = Annotated[float, AfterValidator(_check_silence)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 ModelNames = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), *COMMA_LIST]

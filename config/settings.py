@@ -21,24 +21,22 @@ from pydantic_settings import (
 )
 
 from config.errors import SettingsError
+from config.server_settings import ServerSettings
 from config.setting_sources import (
     ENV_PREFIX,
     as_settings_error,
     read_yaml,
     refuse_unknown,
     refuse_unknown_variables,
+    under_one_name,
 )
 from config.setting_types import (
     COMMA_LIST,
-    ApiKey,
     AttentionKind,
     ExitPolicy,
     Loader,
     LoadFormat,
-    LogFormat,
-    LogLevel,
     ModelNames,
-    Origin,
 )
 
 DEFAULT_MEMORY_FRACTION: Final = 0.9
@@ -70,6 +68,11 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     load_format: LoadFormat = Field(
         default=LoadFormat.AUTO,
         description="auto reads the checkpoint's weights; dummy draws others, to measure speed alone.",
+    )
+    dummy_scale: float = Field(
+        default=1.0,
+        ge=0,
+        description="Scales what dummy layers behind the first allowed exit layer add; near 0, drafts are kept.",
     )
     attention: AttentionKind = Field(
         default=AttentionKind.AUTO,
@@ -120,55 +123,14 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         le=1,
         description="Share of an accelerator's memory for one worker; unset: 0.9, divided among the workers.",
     )
+    gpu_memory_utilization: float | None = Field(
+        default=None, gt=0, le=1, description="The same under vLLM's name."
+    )
 
-
-class ServerSettings(BaseModel, frozen=True, extra="forbid"):
-    """What the API process needs: where it listens and what it lets in."""
-
-    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
-    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    served_model_name: ModelNames | None = Field(
-        default=None,
-        description="Names that requests may use; answers and metrics have the first; unset: from the checkpoint.",
-    )
-    chat_template: Path | None = Field(
-        default=None, description="Jinja file that makes chats prompts; unset: the checkpoint's own."
-    )
-    max_queued_requests: int = Field(
-        default=512, ge=0, description="Sequences waiting beyond max_num_seqs before requests get 429."
-    )
-    max_body_bytes: int = Field(default=1024 * 1024, ge=1024, description="Largest request body, in bytes.")
-    max_n: int = Field(default=16, ge=1, description="Most choices for one prompt.")
-    max_prompts: int = Field(default=64, ge=1, description="Most prompts in one request.")
-    max_sequences_per_request: int = Field(
-        default=64, ge=1, description="Most prompts times choices in one request."
-    )
-    max_stop_strings: int = Field(default=4, ge=0, description="Most stop strings in one request.")
-    max_stop_string_chars: int = Field(default=256, ge=1, description="Longest stop string, in characters.")
-    api_key: Annotated[tuple[ApiKey, ...] | None, *COMMA_LIST] = Field(
-        default=None, description="Keys of which every request must bear one; unset: none needed."
-    )
-    api_key_file: Path | None = Field(default=None, description="File with such keys, one a line.")
-    cors_origins: Annotated[tuple[Origin, ...] | None, *COMMA_LIST] = Field(
-        default=None, description="Web origins whose pages may read answers, or *; unset: none."
-    )
-    queue_timeout_s: float = Field(
-        default=60.0, gt=0, description="Longest wait for a place in the batch, in seconds, before 503."
-    )
-    request_timeout_s: float | None = Field(
-        default=None, gt=0, description="Longest time for a whole answer, in seconds, before 504; unset: any."
-    )
-    slow_reader_timeout_s: float = Field(
-        default=30.0,
-        gt=0,
-        le=86400,
-        description="Seconds after which a client that reads nothing is dropped.",
-    )
-    drain_timeout_s: float = Field(
-        default=30.0, ge=0, description="Seconds that running requests have after SIGTERM."
-    )
-    log_level: LogLevel = Field(default=LogLevel.INFO, description="Least severe log line that is written.")
-    log_format: LogFormat = Field(default=LogFormat.TEXT, description="text or json.")
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, values: object) -> object:
+        return under_one_name(values, "memory_fraction", alias="gpu_memory_utilization")
 
 
 class ModelChoice(EngineSettings):

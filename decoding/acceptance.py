@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from decoding.kernel_devices import takes_kernels
+
 
 def num_kept(drafts_BK: Tensor, choices_BQ: Tensor, draft_lengths_B: Tensor) -> Tensor:
     """How many drafts of each row stand: the run of them, from the first, that the full model chose too.
@@ -15,6 +17,10 @@ def num_kept(drafts_BK: Tensor, choices_BQ: Tensor, draft_lengths_B: Tensor) -> 
     `choices_BQ[b, i]` is the full model's choice after i drafts of row b; a row's drafts past its draft
     length count for nothing. Returns int64 [B].
     """
+    if takes_kernels(choices_BQ):
+        from decoding import sampling_triton
+
+        return sampling_triton.num_kept(drafts_BK, choices_BQ, draft_lengths_B)
     positions_K = torch.arange(drafts_BK.shape[1], device=drafts_BK.device)
     equal_BK = (drafts_BK == choices_BQ[:, : drafts_BK.shape[1]]) & (positions_K < draft_lengths_B[:, None])
     return equal_BK.cumprod(1).sum(1)

@@ -278,7 +278,8 @@ class TritonAttention:
         )
 
     def _on_device(self, array: Ints) -> Tensor:
-        return torch.from_numpy(array.astype(np.int32, order="C")).to(self._device)
+        # From memory that is not pinned, CUDA copies aside at once and does not make the host wait.
+        return torch.from_numpy(array.astype(np.int32, order="C")).to(self._device, non_blocking=True)
 
 
 def _power_of_two(number: int) -> int:

@@ -20,8 +20,8 @@ from decoding.kv_cache import slot_bytes
 _CPU_CACHE_BYTES: Final = 1 << 30
 """What the KV cache takes on a CPU unless told otherwise: memory is shared with everything else there."""
 
-_SPARE_SHARE: Final = 0.1
-"""Share of an accelerator's memory that is left free whatever is asked for: activations and graphs come later."""
+_SPARE_SHARE: Final = 0.05
+"""Share of an accelerator's memory that is left free whatever is asked for: graphs and fragments come later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,20 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """An accelerator's memory in bytes, after the weights were loaded; others may hold some of it or soon will."""
+    """An accelerator's memory in bytes, after the weights were loaded; others may hold some of it or soon will.
+
+    A step takes `activations` for a while.
+    """
 
     free: int
     total: int
     ours: int
+    activations: int
 
     def for_cache(self, fraction: float) -> int:
         """What the cache may take so that this process holds at most `fraction` of all, and some stays free."""
-        return int(min(fraction * self.total - self.ours, self.free - _SPARE_SHARE * self.total))
+        most = min(fraction * self.total - self.ours, self.free - _SPARE_SHARE * self.total)
+        return int(most - self.activations)
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -72,14 +77,20 @@ def exceeds_device(num_bytes: int, device: torch.device) -> bool:
 
 
 def plan_capacity(
-    settings: EngineSettings, checkpoints: Checkpoints, dtype: torch.dtype, device: torch.device
+    settings: EngineSettings,
+    checkpoints: Checkpoints,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    activations: int = 0,
 ) -> Capacity:
     """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError.
 
-    A draft model's cache has the same slots, and takes its part of the memory.
+    A draft model's cache has the same slots, and takes its part of the memory. A step takes `activations` bytes.
     """
     slot = sum(_slot_bytes(checkpoint.shape, dtype) for checkpoint in checkpoints.all)
-    affordable = _cache_bytes(device, settings.memory_fraction) // (slot * settings.block_size)
+    fraction = settings.memory_fraction or DEFAULT_MEMORY_FRACTION
+    affordable = _cache_bytes(device, fraction, activations) // (slot * settings.block_size)
     longest = checkpoints.full.shape.max_positions
     max_model_len = _context(settings, longest, affordable * settings.block_size, device)
     per_context = -(-max_model_len // settings.block_size)
@@ -111,9 +122,9 @@ def _context(settings: EngineSettings, longest: int, affordable_tokens: int, dev
     return wanted
 
 
-def _cache_bytes(device: torch.device, fraction: float | None) -> int:
+def _cache_bytes(device: torch.device, fraction: float, activations: int) -> int:
     if device.type == "cpu":
         return _CPU_CACHE_BYTES
     free, total = torch.cuda.mem_get_info(device)
-    memory = DeviceMemory(free=free, total=total, ours=torch.cuda.memory_reserved(device))
-    return memory.for_cache(fraction or DEFAULT_MEMORY_FRACTION)
+    ours = torch.cuda.memory_reserved(device)
+    return DeviceMemory(free=free, total=total, ours=ours, activations=activations).for_cache(fraction)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decoding.kernel_devices import takes_kernels
 from decoding.logits import Sampling, process
+from decoding.messages import SamplingParams
 from decoding.noise import gumbel_noise
 from decoding.nucleus import choose_among_best
 
@@ -58,3 +59,12 @@ def _choose_among_all(logits_NV: Tensor, sampling: Sampling, positions_N: Tensor
     if not sampling.all_sampled:
         noise_NV *= (sampling.temperatures_N > 0)[:, None]
     return scores_NV.add_(noise_NV).argmax(-1)
+
+
+def warm_up(embedding_VD: Tensor) -> None:
+    """Compile what choosing among this model's logits needs, so that no step waits for it."""
+    if takes_kernels(embedding_VD):
+        from decoding import sampling_triton
+
+        sampling = Sampling.of([SamplingParams(top_k=1, top_p=0.5)], [0], embedding_VD.device)
+        sampling_triton.warm_up(sampling, vocab_size=len(embedding_VD), dtype=embedding_VD.dtype)

@@ -54,7 +54,7 @@ class Cycle:
         started = self._clock()
         route = self._routes.of(plan)
         slots_BT = self._slots(plan.blocks_BW)
-        fed_N = torch.from_numpy(plan.fed_N).to(self._device)
+        fed_N = torch.from_numpy(plan.fed_N).to(self._device, non_blocking=True)
         ids_N, exits_MD = fed_N, None
         if route.draft_steps:
             drafts = self._drafter.draft(plan, route, slots_BT, fed_N[route.last_fed_B])

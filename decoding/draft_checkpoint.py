@@ -5,6 +5,7 @@ Knows files; reads no weights.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +42,11 @@ class Checkpoints:
     def all(self) -> tuple[Checkpoint, ...]:
         """The full one first."""
         return (self.full,) if self.draft is None else (self.full, self.draft)
+
+    @property
+    def draft_context(self) -> int:
+        """How many positions the one that drafts knows."""
+        return sys.maxsize if self.draft is None else self.draft.shape.max_positions
 
 
 def _difference(full: Checkpoint, draft: Checkpoint) -> str | None:

@@ -92,4 +92,4 @@ class DraftModel:
         return choose(logits_PV, plan.sampling.take(self._on_device(rows)), positions_P)
 
     def _on_device(self, array: Ints) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device)
+        return torch.from_numpy(array).to(self.model.device, non_blocking=True)

@@ -42,7 +42,7 @@ class EarlyExitDrafter:
 
     def draft(self, plan: Plan, route: Route, slots_BT: Ints, last_ids_B: Tensor) -> Drafts:
         """Draft for every row with a draft length; `last_ids_B` are the rows' committed, uncomputed tokens."""
-        next_positions_B = torch.from_numpy(plan.num_computed_B + 1).to(last_ids_B.device)
+        next_positions_B = torch.from_numpy(plan.num_computed_B + 1).to(last_ids_B.device, non_blocking=True)
         ids: list[Tensor] = []
         exits: list[Tensor] = []
         fed_P = last_ids_B

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from msgspec import structs
 
 from config.errors import SettingsError
 from config.setting_types import ExitPolicy, LoadFormat
@@ -23,17 +24,20 @@ from decoding.blocks import BlockPool
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
 from decoding.checkpoint import Checkpoint, sampling_defaults, text_assets
 from decoding.choice import DraftChooser
+from decoding.coupling import warm_up as warm_up_choices
 from decoding.cycle import Cycle
 from decoding.draft_checkpoint import Checkpoints
 from decoding.draft_model import DraftModel
 from decoding.exits import Speculation, resolve_speculation
 from decoding.kv_cache import KVCache
+from decoding.memory_profile import activation_bytes
 from decoding.messages import CycleTimes, Decoded, Generate, Limits, Ready, StepReport
 from decoding.model import LlamaDecoder, Weights
 from decoding.planning import StepLimits
 from decoding.scheduler import Scheduler
+from decoding.stepping import Stepper
 from decoding.warm_up import Warmup
-from decoding.weights import Placement, Progress, load_weights, rotations
+from decoding.weights import DrawnTensors, Placement, Progress, load_weights, rotations
 
 _MODEL_DRAFT_LENGTH: Final = 4
 """As in the published comparisons; the controller measures no separate model."""
@@ -61,6 +65,7 @@ class Engine:
         self.ready = ready
         self.runtime = runtime
         self._scheduler = scheduler
+        self._stepper = Stepper(scheduler, runtime.cycle)
         self._clock = clock
 
     @classmethod
@@ -86,6 +91,7 @@ class Engine:
                 settings.max_num_batched_tokens,
                 promotes,
                 model_draft_length=None if checkpoints.draft is None else _model_draft_length(settings),
+                model_context=checkpoints.draft_context,
             )
             return Scheduler(pool, limits, chooser, device=device, clock=clock)
 
@@ -101,6 +107,7 @@ class Engine:
             limits=_limits(settings, checkpoint, capacity, speculation),
             text=text,
             sampling=sampling,
+            draft_model=settings.draft_model,
         )
         return cls(ready, runtime, scheduler(chooser), clock=clock)
 
@@ -118,12 +125,20 @@ class Engine:
         self._scheduler.abort(sequence_ids)
 
     def step(self) -> StepReport:
-        """Compute one cycle for the batch and report what it gave."""
+        """Compute one cycle for the batch and report what it gave.
+
+        Where the device has no memory for even a small one, the newest of its sequences is dropped instead.
+        """
         started = self._clock()
-        plan = self._scheduler.plan()
-        if plan is None:
+        stepped = self._stepper.step()
+        if stepped is None:
             return self.report()
-        result = self.runtime.cycle.run(plan)
+        plan, result = stepped.plan, stepped.result
+        if result is None:
+            # Ids grow.
+            newest = max(plan.sequence_ids)
+            self.abort([newest])
+            return structs.replace(self.report(), out_of_memory=[newest])
         decoded = self._scheduler.commit(result)
         host_s = self._clock() - started - result.draft_s - result.verify_s
         self._scheduler.host_took(host_s)
@@ -133,11 +148,13 @@ class Engine:
             host_s=host_s,
             num_tokens=plan.num_tokens,
         )
-        return StepReport(decoded=decoded, load=self._scheduler.load(), times=times)
+        return structs.replace(self.report(), decoded=decoded, times=times)
 
     def report(self) -> StepReport:
         """The load, with nothing decoded."""
-        return StepReport(decoded=[], load=self._scheduler.load())
+        num_out_of_memory = self._stepper.num_out_of_memory
+        load = structs.replace(self._scheduler.load(), num_out_of_memory_total=num_out_of_memory)
+        return StepReport(decoded=[], load=load, running_ids=self._scheduler.running_ids)
 
     def check_integrity(self) -> None:
         """Assert that every KV block is accounted for."""
@@ -165,15 +182,18 @@ def build_runtime(
     """The models on their device, their caches beside them, and what a cache holds."""
     num_bytes = sum(weight_bytes(checkpoint, dtype) for checkpoint in checkpoints.all)
     offloads = settings.loader == "accelerate" or exceeds_device(num_bytes, device)
-    are_drawn = settings.load_format is LoadFormat.DUMMY
-    placement = Placement(device=device, dtype=dtype, are_drawn=are_drawn)
+    placement = Placement(device=device, dtype=dtype, drawn=_drawn(settings))
     weights = [_load(checkpoint, placement, progress, offloads=offloads) for checkpoint in checkpoints.all]
-    capacity = plan_capacity(settings, checkpoints, dtype, device)
+    activations = activation_bytes(
+        settings, lambda capacity: build_decoder(settings, checkpoints.full, capacity, weights[0]), device
+    )
+    capacity = plan_capacity(settings, checkpoints, dtype, device, activations=activations)
     (model, attention), *others = [
         build_decoder(settings, checkpoint, capacity, of_checkpoint)
         for checkpoint, of_checkpoint in zip(checkpoints.all, weights, strict=True)
     ]
     draft_model = DraftModel(*others[0]) if others else None
+    warm_up_choices(model.weights.embedding_VD)
     cycle = Cycle(
         model,
         attention,
@@ -212,6 +232,14 @@ def _load(checkpoint: Checkpoint, placement: Placement, progress: Progress, *, o
         return load_weights(
             checkpoint, replace(placement, offload_folder=Path(folder) if offloads else None), progress
         )
+
+
+def _drawn(settings: EngineSettings) -> DrawnTensors | None:
+    """What stands in for files of weights, where that is asked for."""
+    if settings.load_format is not LoadFormat.DUMMY:
+        return None
+    first = min(settings.allowed_exit_layers or (1,))
+    return DrawnTensors(late_from=first, late_scale=settings.dummy_scale)
 
 
 def _model_draft_length(settings: EngineSettings) -> int:

@@ -76,6 +76,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     those of this many most probable ones; None asks for none. `exit_layer` and `draft_length` None leave the
     choice to the worker, step by step. `traces_drafts` asks for the ids of all drafts.
 
+    Of those that wait the one of lowest `priority` is admitted first, of several the oldest; 0 is the usual one.
     `resumed_ids` are new tokens that a worker reported before it died: the sequence goes on behind them.
     """
 
@@ -91,6 +92,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     traces_drafts: bool = False
+    priority: int = 0
     resumed_ids: list[int] = []
 
     def resumed(self, reported_ids: list[int]) -> Generate:
@@ -165,6 +167,7 @@ class Load(msgspec.Struct, frozen=True):
     num_used_blocks: int = 0
     num_free_blocks: int = 0
     num_preemptions_total: int = 0
+    num_out_of_memory_total: int = 0
     prefix_cache_queried_tokens_total: int = 0
     prefix_cache_hit_tokens_total: int = 0
     chosen_exit_layer: int = 0
@@ -185,12 +188,16 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     """Sent after every step, and when idle after aborts and once a second; `times` is None without a step.
 
     `num_taken` counts the sequences that the worker was given and has survived taking, since it started.
+    `out_of_memory` are sequences that were dropped, because the device's memory ran out; nothing follows of them.
+    `running_ids` are those that have a place in the batch; None where all are of one priority: the oldest have it.
     """
 
     decoded: list[Decoded]
     load: Load
     times: CycleTimes | None = None
     num_taken: int = 0
+    out_of_memory: list[int] = []
+    running_ids: list[int] | None = None
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -246,6 +253,16 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     limits: Limits
     text: TextAssets
     sampling: SamplingParams
+    draft_model: str | None = None
+
+    def serves_like(self, other: Ready) -> bool:
+        """Whether what the other worker began this one may go on with, as far as can be seen."""
+
+        def seen(ready: Ready) -> tuple[object, ...]:
+            limits = ready.limits
+            return ready.revision, ready.dtype, ready.text, limits.num_layers, limits.vocab_size
+
+        return seen(self) == seen(other) and self.limits.max_model_len >= other.limits.max_model_len
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

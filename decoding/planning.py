@@ -5,6 +5,7 @@ Knows sequences and shares of a step; decides nothing and changes nothing.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,12 +66,14 @@ class StepLimits:
     """What one step may hold: rows, tokens fed or drafted, and unless it `promotes`, several exit layers.
 
     `model_draft_length` is how much a separate draft model drafts unless asked; None where there is no such model.
+    It knows `model_context` positions.
     """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     promotes: bool = False
     model_draft_length: int | None = None
+    model_context: int = sys.maxsize
 
     @property
     def has_draft_model(self) -> bool:

@@ -5,24 +5,28 @@ Knows sequences, tokens and blocks; knows no tensors of the model. It alone chan
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Final
 
 import torch
 
 from decoding.blocks import BlockPool, PrefixHit, num_publishable
 from decoding.choice import DraftChooser
-from decoding.lookup import NgramIndex
-from decoding.messages import Decoded, Drafter, FinishReason, Generate, Load
+from decoding.messages import Decoded, Generate, Load
 from decoding.pacing import PromptPacer
 from decoding.plan import Plan, Reported, Result
 from decoding.planning import Plans, Share, StepLimits
 from decoding.sequence import Sequence
 from decoding.speculation import Speculator
 
+_RANK: Final = attrgetter("rank")
+
 
 class Scheduler:
-    """First come, first served. A step is `plan`, run, `commit`; `submit` and `abort` come in between.
+    """Lowest priority first, then first come, first served. A step is `plan`, run, `commit`; `submit` and `abort`
+    come in between.
 
     A sequence has tokens known and tokens computed, and a step gives it some of the difference: prefill,
     its chunks, prefix hits, decoding and recomputation after preemption are all this one rule.
@@ -43,15 +47,19 @@ class Scheduler:
             extend=self._extend,
             promotes=limits.promotes,
             model_draft_length=limits.model_draft_length or 0,
+            model_context=limits.model_context,
         )
         self._limits = limits
         self._pacer = PromptPacer()
         self._plans = Plans(device, follows=limits.has_draft_model)
         self._clock = clock
-        self._waiting: deque[Sequence] = deque()
+        # Those that wait stand in the order of their ranks, those that run in that of their admission.
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._planned: list[Share] = []
         self._num_rows = 0
+        self._num_submitted = 0
+        self._knows_priorities = False
         self._num_preemptions = 0
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
@@ -61,17 +69,17 @@ class Scheduler:
         """Whether anything runs or waits."""
         return bool(self._waiting or self._running)
 
+    @property
+    def running_ids(self) -> list[int] | None:
+        """Sequences in the batch; None as long as no priority but 0 was asked for: then they are the oldest."""
+        return [s.request.sequence_id for s in self._running] if self._knows_priorities else None
+
     def submit(self, request: Generate) -> None:
         """Queue a request. Its prompt and new tokens together must fit the pool; the caller has checked."""
-        looks_up = request.drafter in (Drafter.LOOKUP, Drafter.HYBRID)
-        self._waiting.append(
-            Sequence(
-                request,
-                self._clock(),
-                editor=self._plans.editor(request),
-                ngrams=NgramIndex() if looks_up else None,
-            )
-        )
+        self._num_submitted += 1
+        self._knows_priorities |= request.priority != 0
+        editor = self._plans.editor(request)
+        insort(self._waiting, Sequence(request, self._clock(), self._num_submitted, editor), key=_RANK)
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
         """Drop these sequences and free their blocks at once; unknown ids are ignored.
@@ -81,12 +89,12 @@ class Scheduler:
         dropped = set(sequence_ids)
         for sequence in [s for s in self._running if s.request.sequence_id in dropped]:
             self._retire(sequence)
-        self._waiting = deque(s for s in self._waiting if s.request.sequence_id not in dropped)
+        self._waiting = [s for s in self._waiting if s.request.sequence_id not in dropped]
 
-    def plan(self) -> Plan | None:
-        """The next step, or None if there is nothing to do. Every call is followed by its `commit`."""
-        num_preemptions = self._num_preemptions
-        paced = self._paced_budget()
+    def plan(self, most_tokens: int | None = None) -> Plan | None:
+        """The next step, or None if there is nothing to do. A `commit` follows, or another plan in its place."""
+        num_preemptions, most = self._num_preemptions, most_tokens or self._limits.max_num_batched_tokens
+        paced = self._paced_budget(most)
         shares = self._fund_running(paced)
         budget = paced - sum(share.num_fed for share in shares)
         # Blocks that were taken from a running sequence are not for newcomers.
@@ -99,9 +107,9 @@ class Scheduler:
             shares.append(share)
             budget -= share.num_fed
         num_fed = sum(share.num_fed for share in shares)
-        shares = self._speculator.add_drafts(shares, self._limits.max_num_batched_tokens - num_fed)
+        shares = self._speculator.add_drafts(shares, max(0, most - num_fed))
         # Rows that are alike side by side are drafted and attended together.
-        shares.sort(key=lambda share: (-share.draft_length, share.length_class, len(share.sequence.token_ids)))
+        shares.sort(key=lambda s: (-s.draft_length, s.length_class, len(s.sequence.token_ids)))
         self._planned = shares
         return self._plans.of(shares) if shares else None
 
@@ -141,11 +149,11 @@ class Scheduler:
         self._pool.check_integrity(s.block_ids for s in self._running)
         assert not any(s.block_ids for s in self._waiting)
 
-    def _paced_budget(self) -> int:
+    def _paced_budget(self, most: int) -> int:
         """Tokens that may be fed in the next step: of prompts no more than rows that decode can wait for."""
         decoding = sum(s.num_pending == 1 for s in self._running)
         beginning = len(self._running) - decoding + len(self._waiting)
-        most = self._limits.max_num_batched_tokens - decoding
+        most -= decoding
         paced = self._pacer.num_prompt_tokens(num_decoding=decoding, num_beginning=beginning, most=most)
         return max(len(self._running), decoding + paced)
 
@@ -154,26 +162,26 @@ class Scheduler:
 
         Every row gets at least one token, which is why the budget is never below the number of rows.
         """
-        order = sorted(self._running, key=lambda s: s.num_pending > 1)
+        order = sorted(self._running, key=lambda s: (s.num_pending > 1, s.rank))
         shares: list[Share] = []
         for num_served, sequence in enumerate(order, start=1):
             share = self._fund(sequence, budget - (len(order) - num_served))
             if share is not None:
                 shares.append(share)
                 budget -= share.num_fed
-        # A share's sequence may since have been preempted for an older one's blocks.
+        # A share's sequence may since have been preempted for another's blocks.
         return [share for share in shares if share.sequence.block_ids]
 
     def _fund(self, sequence: Sequence, budget: int) -> Share | None:
         """Give a running sequence blocks for as much of a step as `budget` ≥ 1 allows; None if it was preempted.
 
-        When blocks run short, the youngest sequence's are taken.
+        When blocks run short, those of the sequence that ranks last are taken.
         """
         num_fed = min(sequence.num_pending, budget)
         while sequence in self._running:
             if self._extend(sequence, num_fed):
                 return Share(sequence=sequence, num_fed=num_fed)
-            self._preempt_youngest()
+            self._preempt_last()
         return None
 
     def _extend(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -185,12 +193,11 @@ class Scheduler:
             sequence.block_ids += self._pool.allocate(num_missing)
         return True
 
-    def _preempt_youngest(self) -> None:
-        """Take the blocks of the sequence admitted last; it starts again, before all that wait."""
-        youngest = self._running.pop()
-        self._pool.release(youngest.block_ids)
-        youngest.forget_computed()
-        self._waiting.appendleft(youngest)
+    def _preempt_last(self) -> None:
+        """Take the blocks of the youngest of those of the highest priority number; it waits and starts again."""
+        last = max(self._running, key=_RANK)
+        self._retire(last)
+        insort(self._waiting, last, key=_RANK)
         self._num_preemptions += 1
 
     def _admissible(self) -> PrefixHit | None:
@@ -222,7 +229,7 @@ class Scheduler:
 
     def _admit(self, hit: PrefixHit) -> Sequence:
         """Start the first that waits on the cached start of it."""
-        sequence = self._waiting.popleft()
+        sequence = self._waiting.pop(0)
         sequence.block_ids = self._pool.acquire(hit)
         sequence.chain = hit.chain
         sequence.num_published = len(hit.block_ids)
@@ -243,7 +250,7 @@ class Scheduler:
             sequence.num_computed += share.num_fed
             self._publish(sequence, followed)
             return []
-        emitted, reason = self._append(sequence, chosen)
+        emitted, reason = sequence.append(chosen)
         # All known tokens but the newest were fed or drafted, and so computed.
         sequence.num_computed = len(sequence.token_ids) - 1
         self._publish(sequence, followed)
@@ -266,17 +273,6 @@ class Scheduler:
         if reason is not None:
             self._retire(sequence)
         return [event]
-
-    def _append(self, sequence: Sequence, chosen: tuple[int, ...]) -> tuple[list[int], FinishReason | None]:
-        """Commit chosen tokens up to the one that ends the sequence, if one does."""
-        if sequence.num_remaining <= 0:
-            return [], FinishReason.LENGTH
-        for count, token_id in enumerate(chosen, start=1):
-            sequence.token_ids.append(token_id)
-            reason = sequence.ending()
-            if reason is not None:
-                return list(chosen[:count]), reason
-        return list(chosen), None
 
     def _publish(self, sequence: Sequence, followed: int) -> None:
         """Share full blocks that are computed, by a draft model too, which has computed `followed` positions."""

@@ -11,14 +11,15 @@ from decoding.acceptance_record import RowRecord
 from decoding.blocks import ROOT
 from decoding.edits import Editor
 from decoding.lookup import NgramIndex
-from decoding.messages import FinishReason, Generate, TokenLogprob
+from decoding.messages import Drafter, FinishReason, Generate, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens known (prompt and committed ones) and how many of them have keys and values in every layer.
 
-    Between steps a sequence that has started decoding has exactly one token pending: the last committed.
+    Between steps a sequence that has started decoding has exactly one token pending: the last committed. `place`
+    counts the sequences that came before it.
     `chain` and `num_published` say how far its blocks are in the prefix cache. `prompt_logprobs` gathers, chunk by
     chunk, what the request asked for; the first event takes them along. `ngrams` is there where drafts are
     looked up. `drafts` says how they have fared. `num_followed` counts the computed tokens that a separate draft
@@ -27,6 +28,8 @@ class Sequence:
 
     request: Generate
     arrived_s: float
+    place: int
+    editor: Editor | None = None
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     num_followed: int = 0
@@ -36,7 +39,6 @@ class Sequence:
     queued_s: float | None = None
     num_cached_tokens: int = 0
     is_announced: bool = False
-    editor: Editor | None = None
     ngrams: NgramIndex | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     drafts: RowRecord = field(default_factory=RowRecord)
@@ -45,6 +47,13 @@ class Sequence:
         self.token_ids = [*self.request.prompt_ids, *self.request.resumed_ids]
         # Of a sequence that is resumed the first event was sent by another worker.
         self.is_announced = bool(self.request.resumed_ids)
+        if self.request.drafter in (Drafter.LOOKUP, Drafter.HYBRID):
+            self.ngrams = NgramIndex()
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The lower, the earlier it is admitted and the later it gives way."""
+        return self.request.priority, self.place
 
     @property
     def num_pending(self) -> int:
@@ -67,7 +76,18 @@ class Sequence:
         """Tokens the sequence may still get."""
         return self.request.max_new_tokens - self.num_new
 
-    def ending(self) -> FinishReason | None:
+    def append(self, chosen: tuple[int, ...]) -> tuple[list[int], FinishReason | None]:
+        """Commit chosen tokens up to the one that ends the sequence, if one does."""
+        if self.num_remaining <= 0:
+            return [], FinishReason.LENGTH
+        for count, token_id in enumerate(chosen, start=1):
+            self.token_ids.append(token_id)
+            reason = self._ending()
+            if reason is not None:
+                return list(chosen[:count]), reason
+        return list(chosen), None
+
+    def _ending(self) -> FinishReason | None:
         """Why the last committed token ends the sequence, if it does; a stop token beats the length."""
         if self.num_new and self.token_ids[-1] in self.request.stop_token_ids:
             return FinishReason.STOP

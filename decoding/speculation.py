@@ -5,6 +5,7 @@ Knows who drafts how much; knows nothing of how drafts are made.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -36,12 +37,19 @@ class Speculator:
     """
 
     def __init__(
-        self, chooser: DraftChooser, *, extend: Extend, promotes: bool, model_draft_length: int = 0
+        self,
+        chooser: DraftChooser,
+        *,
+        extend: Extend,
+        promotes: bool,
+        model_draft_length: int = 0,
+        model_context: int = sys.maxsize,
     ) -> None:
         self._chooser = chooser
         self._extend = extend
         self._promotes = promotes
         self._model_draft_length = model_draft_length
+        self._model_context = model_context
         self.latest = Choice(exit_layer=0, draft_lengths=())
 
     @property
@@ -161,9 +169,14 @@ class Speculator:
         return drafting if is_possible else Share(sequence, share.num_fed, wish.exit_layer)
 
     def _model_length(self, sequence: Stream) -> int:
-        """As asked, else always the same: what a separate model's steps cost is not measured."""
-        fixed, limit = sequence.request.draft_length, sequence.num_remaining - 1
-        return min(self._model_draft_length if fixed is None else fixed, limit)
+        """As asked, else always the same: what a separate model's steps cost is not measured.
+
+        It is fed the known tokens and all drafts but the last; beyond its own context it does not draft.
+        """
+        fixed = sequence.request.draft_length
+        length = self._model_draft_length if fixed is None else fixed
+        room = self._model_context - len(sequence.token_ids)
+        return min(length, sequence.num_remaining - 1, room + 1) if room >= 0 else 0
 
     def _lookup_length(self, sequence: Stream, num_rows: int) -> int:
         fixed, limit = sequence.request.draft_length, sequence.num_remaining - 1

@@ -70,7 +70,7 @@ class Verifier:
             if len(route.choosing_M) == 0:
                 return Verified(ids_N.new_zeros(route.choices_BQ.shape), {}, prompt_logprobs)
             hidden_ND = hidden_ND[route.choosing_M]
-        computed_B = torch.from_numpy(plan.num_computed_B).to(hidden_ND.device)
+        computed_B = torch.from_numpy(plan.num_computed_B).to(hidden_ND.device, non_blocking=True)
         logits_MV = self._model.logits(hidden_ND)
         chosen_M = choose(
             self._edited(plan, route, logits_MV, ids_N),

@@ -7,6 +7,7 @@ Shapes: D model width, V vocabulary, O outputs, I inputs, H query heads, G key/v
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,8 @@ _SINGLE: Final = "model.safetensors"
 
 _FLOATING: Final = ("F64", "F32", "F16", "BF16")
 _UNTRAINED_STD: Final = 0.02
+_ADDING_MATRIX: Final = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.o_proj|mlp\.down_proj)\.weight")
+"""Only these two of a layer write to the residual stream."""
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -92,8 +95,13 @@ class TensorFiles:
 class DrawnTensors:
     """Tensors drawn at random where others are read: a model of a checkpoint's sizes, for measuring speed alone.
 
-    A tensor depends on its name and its shape; matrices are drawn as models are before training.
+    A tensor depends on its name and its shape; matrices are drawn as models are before training. What layers from
+    `late_from` on add to the residual stream is scaled by `late_scale`: near 0, early exits agree with the last.
     """
+
+    def __init__(self, *, late_from: int = 0, late_scale: float = 1.0) -> None:
+        self._late_from = late_from
+        self._late_scale = late_scale
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Draw one tensor into `out`."""
@@ -101,7 +109,11 @@ class DrawnTensors:
             out.fill_(1)
         else:
             generator = torch.Generator(out.device).manual_seed(zlib.crc32(name.encode()))
-            out.normal_(0, _UNTRAINED_STD, generator=generator)
+            out.normal_(0, _UNTRAINED_STD * self._scale(name), generator=generator)
+
+    def _scale(self, name: str) -> float:
+        adds = _ADDING_MATRIX.fullmatch(name)
+        return self._late_scale if adds and int(adds[1]) >= self._late_from else 1.0
 
 
 class _Tensors(Protocol):
@@ -132,13 +144,13 @@ class Placement:
     """Where weights go: the device and dtype they are used in.
 
     With an `offload_folder`, matrices are written there by accelerate and mapped into memory for use; once
-    everything is loaded the folder may be deleted. If they `are_drawn`, no file of weights is read.
+    everything is loaded the folder may be deleted. If they are `drawn`, no file of weights is read.
     """
 
     device: torch.device
     dtype: torch.dtype
     offload_folder: Path | None = None
-    are_drawn: bool = False
+    drawn: DrawnTensors | None = None
 
 
 def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> Weights:
@@ -208,8 +220,7 @@ class _Reader:
 @contextmanager
 def _reader(checkpoint: Checkpoint, placement: Placement) -> Iterator[_Reader]:
     with ExitStack() as stack:
-        tensors = DrawnTensors() if placement.are_drawn else TensorFiles(checkpoint.folder, stack)
-        yield _Reader(tensors, placement)
+        yield _Reader(placement.drawn or TensorFiles(checkpoint.folder, stack), placement)
 
 
 def _read_layer(reader: _Reader, prefix: str, shape: ModelShape) -> Layer:

@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from config.settings import ServerSettings, Settings
+from config.server_settings import ServerSettings
+from config.settings import Settings
 from decoding.messages import Ready
 from server.auth import ApiKeys, KeyGate, warn_if_open
 from server.draining import DrainGate

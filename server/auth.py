@@ -17,15 +17,19 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from config.errors import SettingsError
+from config.server_settings import ServerSettings
 from config.setting_types import is_bearer_key
-from config.settings import ServerSettings
 from server.errors import Refusal, Unauthorized
 
 _log = logging.getLogger("layerskip.auth")
 
 # What tells a load balancer whether to send requests here, and the page that asks its reader for a key: nothing
-# about requests.
+# about requests, nor what is served.
 OPEN_PATHS: Final = frozenset({"/", "/health", "/health/live", "/health/ready", "/ping"})
+
+
+# Where the routes behind the gate find whether a request bears a key, or none is needed.
+BEARS_KEY: Final = "layerskip.bears_key"
 
 
 class ApiKeys:
@@ -64,14 +68,16 @@ class KeyGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; other scopes pass unchanged."""
-        if scope["type"] != "http" or self._may_pass(scope):
+        if scope["type"] == "http":
+            scope[BEARS_KEY] = self._bears_key(scope)
+        # Decided on the path the router will see: one put together with the Host header can be forged.
+        if scope["type"] != "http" or scope[BEARS_KEY] or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
         else:
             await self._refuse(Unauthorized(), scope)(scope, receive, send)
 
-    def _may_pass(self, scope: Scope) -> bool:
-        """Decided on the path the router will see: one put together with the Host header can be forged."""
-        if not self._keys.are_needed or scope["path"] in OPEN_PATHS:
+    def _bears_key(self, scope: Scope) -> bool:
+        if not self._keys.are_needed:
             return True
         given = Headers(scope=scope).getlist("authorization")
         return len(given) == 1 and self._keys.admit(given[0])

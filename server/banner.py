@@ -73,13 +73,20 @@ def banner(ready: Ready, site: Site, *, model_name: str) -> str:
     return f"""
 layerskip serves {model_name} at {site.url}
   weights      {ready.dtype} on {ready.device}, {limits.num_layers} layers
-  exit layers  {layers}; {drafts}
+  exit layers  {layers}; {drafts}{_draft_model(ready)}
   KV cache     {kv_tokens:,} tokens: {concurrency:.1f} sequences of {limits.max_model_len:,} tokens at once
   metrics      {site.url}/metrics
 
 {curl(site.url, model=asked, flags=key)}
 {curl(site.url, model=asked, extra=', "stream": true', flags=f"-N {key}")}
 """
+
+
+def _draft_model(ready: Ready) -> str:
+    """A line more where there is a separate one."""
+    if ready.draft_model is None:
+        return ""
+    return f'\n  draft model  {ready.draft_model}; for requests with "drafter": "model"'
 
 
 def _drafts(limits: Limits) -> str:

@@ -15,8 +15,17 @@ from enum import StrEnum
 from typing import Final
 
 from decoding.messages import Abort, Event, Failed, Generate, Load, Loading, Ready, StepReport
-from server.deadlines import Deadlines
-from server.errors import ApiError, InvalidRequest, QueueFull, Unavailable, WorkerLost, WorkerLostTwice
+from server.deadlines import Deadlines, Stopwatch, Waiting
+from server.errors import (
+    ApiError,
+    InvalidRequest,
+    OutOfMemory,
+    QueueFull,
+    Unavailable,
+    WorkerLost,
+    WorkerLostTwice,
+)
+from server.hang_watch import HangWatch
 from server.observers import StartListener, StepObserver
 from server.restarts import MAX_FRUITLESS_DEATHS, RestartPolicy
 from server.roster import Roster
@@ -41,7 +50,8 @@ class EngineClient:
     """Submits sequences to one worker and hands each event to the stream that waits for it.
 
     `spawn` makes a worker that is yet to be started: the first, and one after each that died. `max_queued`
-    sequences may be open beyond the `max_num_seqs` the worker decodes together.
+    sequences may be open beyond the `max_num_seqs` the worker decodes together. A worker that serves and says
+    nothing for longer than a step may take is ended, as if it had died.
     """
 
     def __init__(
@@ -67,6 +77,11 @@ class EngineClient:
         self._next_start: asyncio.TimerHandle | None = None
         self._ready: Ready | None = None
         self._heard_at_s = clock()
+        self._holdup = Stopwatch(clock)
+        self._watch = HangWatch(
+            deadlines.step_s, silent_s=lambda: self.heartbeat_age_s, on_hang=self._on_hang
+        )
+        self._has_hung = False
         self._is_stopping = False
         self.state = WorkerState.LOADING
         self.stage = "starting"
@@ -123,6 +138,7 @@ class EngineClient:
     async def stop(self) -> None:
         """End open streams with an error and the worker with them."""
         self.refuse_work()
+        self._watch.stop()
         if self._next_start is not None:
             self._next_start.cancel()
         await self._process.stop()
@@ -150,19 +166,9 @@ class EngineClient:
         stream = TokenStream([sequence.sequence_id for sequence in sequences], abort=self._abort)
         self._roster.add(stream, sequences)
         self._give()
-        stream.limit(
-            self._deadlines.start(
-                stream, is_waiting=lambda: self._is_waiting(stream), count=self._observer.expired
-            )
-        )
+        waiting = Waiting(lambda: not self._roster.has_place(stream), self._holdup)
+        stream.limit(self._deadlines.start(stream, waiting, count=self._observer.expired))
         return stream
-
-    def _is_waiting(self, stream: TokenStream) -> bool:
-        """Whether none of a stream's sequences has a place in the batch: the oldest that are open have them.
-
-        The very first always has one, even if the worker has not said so yet.
-        """
-        return not self._roster.has_place(stream, num_running=max(1, self.load.num_running))
 
     def _give(self) -> None:
         """Send the worker the requests whose turn it is."""
@@ -173,6 +179,8 @@ class EngineClient:
                 self._process.send(sequence)
             if request.is_resumed:
                 self._observer.resumed()
+        if not self._roster.is_held_up:
+            self._holdup.stop()
 
     def _abort(self, sequence_ids: Sequence[int]) -> None:
         if given := self._roster.remove(sequence_ids):
@@ -191,7 +199,7 @@ class EngineClient:
             self._on_failed(event)
 
     def _on_ready(self, ready: Ready) -> None:
-        if self._ready is not None and not _serves_alike(self._ready, ready):
+        if self._ready is not None and not ready.serves_like(self._ready):
             self._fail_streams(WorkerLost("the worker died, and the next one serves another checkpoint"))
         # Only a model whose text can be handled is ready.
         self._observer.worker_ready(ready)
@@ -199,6 +207,7 @@ class EngineClient:
         self.load = Load(num_free_blocks=ready.limits.num_blocks)
         self._restarts.served()
         self._listener.ready(ready)
+        self._watch.start()
         self._give()
 
     def _on_step(self, report: StepReport) -> None:
@@ -214,14 +223,30 @@ class EngineClient:
             if decoded.finish_reason is not None:
                 self._restarts.finished()
             stream.push(Arrival(decoded, self._heard_at_s))
-        self._roster.heard(report.load, num_taken=report.num_taken)
+        for sequence_id in report.out_of_memory:
+            self._on_out_of_memory(sequence_id)
+        self._roster.heard(report)
         self._give()
+
+    def _on_out_of_memory(self, sequence_id: int) -> None:
+        """The worker dropped a sequence: nothing of its request is of use any more."""
+        _log.warning("the device's memory ran out: sequence %d was dropped", sequence_id)
+        stream = self._roster.stream_of(sequence_id)
+        if stream is not None:
+            stream.stop(OutOfMemory())
 
     def _on_failed(self, failed: Failed) -> None:
         self.state = WorkerState.DEAD
         self._listener.failed(failed.message)
 
+    def _on_hang(self) -> None:
+        """Silence is a step that does not end: an idle worker is heard every second."""
+        _log.error("the worker has said nothing for %.0f s and is ended", self.heartbeat_age_s)
+        self._has_hung = True
+        self._process.end_hung()
+
     def _on_exit(self, exit_code: int | None) -> None:
+        self._watch.stop()
         if self._is_stopping:
             return
         was, self.state = self.state, WorkerState.DEAD
@@ -239,8 +264,10 @@ class EngineClient:
         fallen = self._roster.crashed(max_num_seqs=self._ready.limits.max_num_seqs)
         for stream in fallen:
             stream.fail(WorkerLostTwice())
+        self._holdup.start()
         wait_s = self._restarts.died()
-        died = f"the worker died (exit code {exit_code})"
+        died = "the worker hung" if self._has_hung else f"the worker died (exit code {exit_code})"
+        self._has_hung = False
         if wait_s is None:
             often = f"the last of {MAX_FRUITLESS_DEATHS} times in which it finished no request"
             self._listener.failed(f"{died}, {often}; no other is started")
@@ -265,13 +292,3 @@ class EngineClient:
     def _fail_streams(self, error: ApiError) -> None:
         for stream in self._roster.clear():
             stream.fail(error)
-
-
-def _serves_alike(one: Ready, other: Ready) -> bool:
-    """Whether what one worker began another may go on with, as far as can be seen."""
-
-    def seen(ready: Ready) -> tuple[object, ...]:
-        limits = ready.limits
-        return ready.revision, ready.dtype, ready.text, limits.num_layers, limits.vocab_size
-
-    return seen(one) == seen(other) and other.limits.max_model_len >= one.limits.max_model_len

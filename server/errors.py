@@ -196,6 +196,19 @@ class WorkerLostTwice(WorkerLost):
         return {"x-should-retry": "false"}
 
 
+class OutOfMemory(ApiError):
+    """The device had no memory for a step with this request, the newest of those that ran; others went on."""
+
+    status = 503
+    type = "server_error"
+    code = "out_of_memory"
+    rejection = None
+    retry_after_s = 1
+
+    def __init__(self) -> None:
+        super().__init__("the device's memory ran out while it decoded this request; try again later")
+
+
 class SlowReader(ApiError):
     """The client took its stream so slowly that it was dropped."""
 

@@ -24,6 +24,7 @@ from server.limits import (
     TokenBudget,
     or_auto,
     resolve_max_tokens,
+    resolve_priority,
     resolve_sampling,
 )
 from server.openai_params import GenerationParams
@@ -91,6 +92,7 @@ class SequencePlanner:
     def sequences(self, prompts: Sequence[PlannedPrompt]) -> list[Generate]:
         """One for each choice of each prompt. Raises ApiError; takes no resource of the worker."""
         request, speculation = self.request, self.speculation
+        priority = resolve_priority(request, self.model.settings)
         seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
         self.model.codec.check_ids(request.stop_token_ids or (), param="stop_token_ids")
         shapes = [self._shape(prompt) for prompt in prompts]
@@ -108,6 +110,7 @@ class SequencePlanner:
                 logprobs=request.num_top_logprobs,
                 prompt_logprobs=self.num_prompt_top,
                 traces_drafts=bool(request.return_draft_trace),
+                priority=priority,
             )
             for prompt_index, (max_new_tokens, sampling) in enumerate(shapes)
             for choice_index in range(request.num_choices)

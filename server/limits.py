@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from config.settings import ServerSettings
+from config.server_settings import ServerSettings
+from config.setting_types import SchedulingPolicy
 from decoding.messages import Drafter, Limits, LogitEdits, SamplingParams
 from server.errors import AnswerTooLong, InvalidRequest
 from server.openai_params import GenerationParams
@@ -58,6 +59,17 @@ def check_counts(request: GenerationParams, settings: ServerSettings) -> None:
         raise InvalidRequest("`stream_options` needs `stream: true`", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequest("`prompt_logprobs` is not available in a stream", param="prompt_logprobs")
+
+
+def resolve_priority(request: GenerationParams, settings: ServerSettings) -> int:
+    """Which number a request has in line, 0 if it names none. Raises InvalidRequest where none is looked at."""
+    priority = request.priority or 0
+    if priority and settings.scheduling_policy is not SchedulingPolicy.PRIORITY:
+        raise InvalidRequest(
+            "`priority` must be 0 on a server that was not started with `--scheduling-policy priority`",
+            param="priority",
+        )
+    return priority
 
 
 def or_auto(chosen: int | None) -> int | str:

@@ -104,6 +104,11 @@ class Families:
         yield self._blocks(load)
         yield self.counter("vllm:num_preemptions", "Sequences set back.", load.num_preemptions_total)
         yield self.counter(
+            "layerskip_out_of_memory",
+            "Steps for which the device's memory ran out.",
+            load.num_out_of_memory_total,
+        )
+        yield self.counter(
             "vllm:prefix_cache_queries", "Prompt tokens looked up.", load.prefix_cache_queried_tokens_total
         )
         yield self.counter(

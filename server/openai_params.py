@@ -49,7 +49,6 @@ _UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "length_penalty": (1,),
     "logprob_token_ids": ([],),
     "modalities": (["text"],),
-    "priority": (0,),
     "prompt_embeds": (),
     "regex": (),
     "response_format": ({"type": "text"},),
@@ -208,6 +207,8 @@ class GenerationParams(BaseModel, ABC):
     exit_layer: Annotated[_Auto, WithJsonSchema(_auto_schema(1))] = None
     draft_length: Annotated[_Auto, WithJsonSchema(_auto_schema(0))] = None
     drafter: Drafter | None = None
+
+    priority: Annotated[Integer, Field(ge=-(2**31), le=2**31 - 1)] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from server.auth import BEARS_KEY
 from server.served_model import ServedModel
 from server.served_models import ServedModels
 
@@ -18,6 +19,11 @@ def served_models(request: Request) -> ServedModels:
     models = request.app.state.models
     assert isinstance(models, ServedModels)
     return models
+
+
+def may_see_names(request: Request) -> bool:
+    """Whether a request to an open path bears what others must: then it may learn what is served."""
+    return bool(request.scope[BEARS_KEY])
 
 
 class Chooser:
@@ -32,4 +38,5 @@ class Chooser:
 
 
 Models = Annotated[ServedModels, Depends(served_models)]
+MaySeeNames = Annotated[bool, Depends(may_see_names)]
 Choose = Annotated[Chooser, Depends(Chooser)]

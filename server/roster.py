@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from operator import attrgetter
 
-from decoding.messages import Decoded, Generate, Load
+from decoding.messages import Decoded, Generate, StepReport
 from server.token_stream import TokenStream
 
 
@@ -32,6 +32,11 @@ class OpenRequest:
     place: int | None = None
     is_suspect: bool = False
     is_resumed: bool = False
+
+    @property
+    def priority(self) -> int:
+        """The same for all its sequences."""
+        return next((sequence.priority for sequence in self.sequences.values()), 0)
 
     def to_send(self) -> list[Generate]:
         """Its sequences, each to go on behind what came of it."""
@@ -51,7 +56,9 @@ class Roster:
         self._alone: OpenRequest | None = None
         self._num_given = 0
         self._num_taken = 0
+        self._num_running = 0
         self._is_worker_empty = True
+        self._running_ids: frozenset[int] | None = None
 
     def __len__(self) -> int:
         """Sequences that are open."""
@@ -71,6 +78,11 @@ class Roster:
         )
         self._requests |= dict.fromkeys(request.sequences, request)
         self._others.append(request)
+
+    @property
+    def is_held_up(self) -> bool:
+        """Whether suspects run one by one, and the others wait for them."""
+        return self._alone is not None or bool(self._suspects)
 
     def give(self) -> Sequence[OpenRequest]:
         """Requests whose turn it is; the worker gets them now.
@@ -92,10 +104,13 @@ class Roster:
             self._is_worker_empty = False
         return given
 
-    def heard(self, load: Load, *, num_taken: int) -> None:
-        """The worker has taken so many sequences by now, and holds what `load` says."""
-        self._num_taken = num_taken
-        self._is_worker_empty = num_taken == self._num_given and not load.num_running + load.num_waiting
+    def heard(self, report: StepReport) -> None:
+        """The worker has taken so many sequences by now, and holds what the report says."""
+        load = report.load
+        self._num_taken = report.num_taken
+        self._num_running = load.num_running
+        self._running_ids = None if report.running_ids is None else frozenset(report.running_ids)
+        self._is_worker_empty = self._num_taken == self._num_given and not load.num_running + load.num_waiting
 
     def note(self, decoded: Decoded) -> TokenStream | None:
         """Remember what came; returns who waits for it, if anyone still does."""
@@ -117,10 +132,18 @@ class Roster:
                 given += [sequence_id] if request.place is not None else []
         return given
 
-    def has_place(self, stream: TokenStream, *, num_running: int) -> bool:
-        """Whether any of a stream's sequences is among the oldest that the worker was given, which it runs."""
-        given = (request for request in self._requests.values() if request.place is not None)
-        return any(request.stream is stream for request in islice(given, num_running))
+    def stream_of(self, sequence_id: int) -> TokenStream | None:
+        """Who waits for a sequence, if anyone still does."""
+        request = self._requests.get(sequence_id)
+        return request.stream if request else None
+
+    def has_place(self, stream: TokenStream) -> bool:
+        """Whether any of a stream's sequences is among those that the worker runs.
+
+        The first in its line always is, even if the worker has not said so yet.
+        """
+        placed = self._placed(max(1, self._num_running), among=self._num_given)
+        return any(request.stream is stream for request in placed)
 
     def crashed(self, *, max_num_seqs: int) -> list[TokenStream]:
         """The worker died: suspect who may have been in its last step, and let all wait for the next worker.
@@ -137,10 +160,12 @@ class Roster:
         for request in remaining:
             request.is_resumed |= request.place is not None
             request.place = None
+        remaining.sort(key=attrgetter("priority"))
         self._suspects = deque(request for request in remaining if request.is_suspect)
         self._others = deque(request for request in remaining if not request.is_suspect)
         self._alone = None
-        self._num_given = self._num_taken = 0
+        self._num_given = self._num_taken = self._num_running = 0
+        self._running_ids = None
         self._is_worker_empty = True
         return [request.stream for request in fallen]
 
@@ -153,10 +178,20 @@ class Roster:
     def _accused(self, max_num_seqs: int) -> list[OpenRequest]:
         """Who may have been in the worker's last step, or was just being taken.
 
-        A batch has at most `max_num_seqs`, the oldest. Taking a request may kill a worker too; that it was taken
-        is known from the report after the next step.
+        A batch has at most `max_num_seqs`. Taking a request may kill a worker too; that it was taken is known from
+        the report after the next step. Until then it may or may not have been there when places were given.
         """
-        given = [request for request in self._requests.values() if request.place is not None]
-        accused = given[:max_num_seqs]
-        accused += (request for request in given if (request.place or 0) > self._num_taken)
+        accused = self._placed(max_num_seqs, among=self._num_taken)
+        accused += (request for request in self._requests.values() if (request.place or 0) > self._num_taken)
         return list(dict.fromkeys(accused))
+
+    def _placed(self, count: int, *, among: int) -> list[OpenRequest]:
+        """Who may have the batch's `count` places: a request as often as it has sequences there.
+
+        Those who the worker said have one, then those of the lowest priority that came first: no newcomer puts out
+        who runs. Only the first `among` sequences that the worker was given are thought of.
+        """
+        running = self._running_ids or ()
+        known = [each for each in self._requests.items() if 0 < (each[1].place or 0) <= among]
+        known.sort(key=lambda each: (each[0] not in running, each[1].priority))
+        return [request for _, request in known[:count]]

@@ -31,7 +31,11 @@ class ServedModel:
         self.client = EngineClient(
             lambda: WorkerProcess(settings.engine, load_engine=load_engine),
             max_queued=settings.max_queued_requests,
-            deadlines=Deadlines(queue_s=settings.queue_timeout_s, total_s=settings.request_timeout_s),
+            deadlines=Deadlines(
+                queue_s=settings.queue_timeout_s,
+                total_s=settings.request_timeout_s,
+                step_s=settings.step_timeout_s,
+            ),
             observer=self,
             listener=listener,
         )

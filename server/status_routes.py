@@ -16,9 +16,8 @@ from server.described import is_healthy, looks, refused
 from server.engine_client import WorkerState
 from server.errors import InvalidRequest, ModelNotFound, Unauthorized
 from server.limits import or_auto
-from server.request_scope import Choose, Models
+from server.request_scope import Choose, MaySeeNames, Models
 from server.served_model import ServedModel
-from server.served_models import ServedModels
 
 router = APIRouter()
 
@@ -27,8 +26,8 @@ router = APIRouter()
 async def server_info(
     models: Models, choose: Choose, model: Annotated[str | None, Query(max_length=1024)] = None
 ) -> dict[str, object]:
-    """What is served, and within which bounds; of several models the one asked for, else the first."""
-    return _model_info(models.first if model is None else choose(model)) | {"models": models.states}
+    """What is served, and within which bounds; of several models the one asked for, else the first that is up."""
+    return _model_info(models.serving[0] if model is None else choose(model)) | {"models": models.states}
 
 
 def _model_info(model: ServedModel) -> dict[str, object]:
@@ -50,6 +49,7 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         "first_exit_layer": limits.first_exit_layer,
         "first_draft_length": limits.first_draft_length,
         "has_draft_model": limits.has_draft_model,
+        "scheduling_policy": settings.scheduling_policy,
         "is_drafting_worthwhile": model.client.load.is_drafting_worthwhile,
         "default_sampling": msgspec.to_builtins(ready.sampling),
         "limits": {
@@ -77,22 +77,23 @@ def _model_info(model: ServedModel) -> dict[str, object]:
 @router.get("/health/ready", response_model=None, responses=is_healthy())
 @router.get("/ping", response_model=None, responses=is_healthy())
 @router.post("/ping", response_model=None, responses=is_healthy())
-async def health(models: Models) -> JSONResponse:
-    """200 while any model is served, else 503; either way it says how each of them is."""
-    states = models.states.values()
+async def health(models: Models, may_see_names: MaySeeNames) -> JSONResponse:
+    """200 while any model is served, else 503; to whoever has a key it says how each of them is."""
+    states = models.states
+    named: dict[str, object] = {"models": states} if may_see_names else {}
     if models.are_draining:
-        return _unready("draining", models)
-    if WorkerState.READY in states:
-        return JSONResponse({"status": "ready", "models": models.states})
+        return _unready({"status": "draining"} | named)
+    if WorkerState.READY in states.values():
+        return JSONResponse({"status": "ready"} | named)
     for state in (WorkerState.LOADING, WorkerState.RESTARTING):
         for model in models:
             if model.client.state is state:
-                return _unready(state, models, stage=model.client.stage, fraction=model.client.fraction)
-    return JSONResponse({"status": "dead", "models": models.states}, status_code=503)
+                progress = {"stage": model.client.stage, "fraction": model.client.fraction}
+                return _unready({"status": state} | named | progress)
+    return JSONResponse({"status": "dead"} | named, status_code=503)
 
 
-def _unready(status: str, models: ServedModels, **progress: str | float) -> JSONResponse:
-    answer = {"status": status, "models": models.states, **progress}
+def _unready(answer: dict[str, object]) -> JSONResponse:
     return JSONResponse(answer, status_code=503, headers={"Retry-After": "1"})
 
 

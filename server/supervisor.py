@@ -7,6 +7,7 @@ waits for the pipe: one thread reads it and one writes it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ _log = logging.getLogger("layerskip.supervisor")
 _MAX_UNSEEN_EVENTS: Final = 256
 _MAX_UNSENT_COMMANDS: Final = 8192
 _STOP_S: Final = 1.0
+_LAST_WORDS_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,13 @@ class WorkerProcess:
         """End the worker now; `on_exit` follows unless `stop` was called."""
         if self._process is not None:
             self._process.kill()
+
+    def end_hung(self) -> None:
+        """End a worker that does nothing, but first let it write to standard error what it is doing."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, worker.TELL_WHERE)
+        asyncio.get_running_loop().call_later(_LAST_WORDS_S, self.kill)
 
     async def stop(self) -> None:
         """End the worker and the threads; no callback follows."""

@@ -6,6 +6,7 @@ Knows processes and messages; knows neither HTTP nor text. It ends when its pipe
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import queue
 import signal
@@ -24,6 +25,8 @@ from decoding.messages import Abort, Command, Event, Failed, Generate, Loading, 
 _PR_SET_PDEATHSIG: Final = 1
 # An idle worker reports this often, so that silence means a step that hangs.
 HEARTBEAT_S: Final = 1.0
+# At this signal a worker writes the stack of every thread to standard error.
+TELL_WHERE: Final = signal.SIGUSR1
 
 Progress = Callable[[str, float], None]
 
@@ -40,8 +43,10 @@ class DecodingEngine(Protocol):
         """Whether a step would decode anything."""
 
     def submit(self, request: Generate) -> None:
-        """Queue a sequence. Of those that wait the oldest is admitted first, so that no step computes anything of
-        a sequence before which `max_num_seqs` others are open.
+        """Queue a sequence. Of those that wait one of lowest priority is admitted first, of several the oldest.
+
+        While all have priority 0, no step computes anything of a sequence before which `max_num_seqs` others are
+        open. From the first of another priority on, reports say which are running.
         """
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
@@ -144,6 +149,7 @@ class _Link:
 def _leave_signals_to_parent(parent_pid: int) -> None:
     """Ctrl-C is the API process's to handle; its death, however sudden, is this process's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.register(TELL_WHERE)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:

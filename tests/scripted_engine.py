@@ -74,8 +74,8 @@ class ScriptedEngine:
     Served as `chat`, it has a chat template; every token is as probable as `scripted_logprob` says.
 
     `!slow` takes 20 ms a step, `!die` ends the process at its third step, `!hang` never returns from it,
-    `!raise` raises there, `!choke` ends it when it takes the prompt, and `!end` ends with a stop token after four
-    tokens.
+    `!raise` raises there, `!full` is dropped there for want of memory, `!choke` ends it when it takes the prompt,
+    and `!end` ends with a stop token after four tokens.
     """
 
     settings: EngineSettings
@@ -109,9 +109,15 @@ class ScriptedEngine:
             self.running.pop(sequence_id, None)
 
     def step(self) -> StepReport:
+        dropped = [
+            each
+            for each, script in self.running.items()
+            if script.steps == 2 and script.text.startswith("!full")
+        ]
+        self.abort(dropped)
         decoded = [self._advance(script) for script in list(self.running.values())]
         times = CycleTimes(draft_s=0.001, verify_s=0.002, host_s=0.0005, num_tokens=len(decoded))
-        return StepReport(decoded=decoded, load=self._load(), times=times)
+        return StepReport(decoded=decoded, load=self._load(), times=times, out_of_memory=dropped)
 
     def report(self) -> StepReport:
         return StepReport(decoded=[], load=self._load())

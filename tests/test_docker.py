@@ -14,6 +14,8 @@ import yaml
 
 from config.setting_sources import ENV_PREFIX
 from config.settings import Settings
+from server.auth import OPEN_PATHS
+from server.status_routes import router as status_router
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
@@ -92,6 +94,7 @@ def test_what_is_written_at_run_time_lies_on_the_volume():
 def test_triton_finds_a_compiler_and_headers():
     (packages,) = [line for line in FINAL if "apt-get install" in line]
     assert {"gcc", "libc6-dev"} <= set(packages.split())
+    assert any("Python.h" in line for line in FINAL if line.startswith("RUN test -f "))
 
 
 def test_the_image_asks_for_the_torch_that_the_project_asks_for():
@@ -231,3 +234,49 @@ def test_every_alert_has_a_summary_a_remedy_and_a_case_that_fires():
     for rule in rules:
         assert rule["annotations"].keys() == {"summary", "remedy"}
         assert rule["labels"]["severity"] in {"critical", "warning"}
+
+
+MANIFEST = list(yaml.safe_load_all((DOCKER / "kubernetes.yaml").read_text()))
+POD = MANIFEST[0]["spec"]["template"]["spec"]
+(POD_SERVER,) = POD["containers"]
+
+
+def test_probes_ask_routes_that_exist_and_need_no_key():
+    asked = {
+        kind: POD_SERVER[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")
+    }
+    assert set(asked.values()) <= {route.path for route in status_router.routes} & OPEN_PATHS
+    # A server that loads or drains is alive and not ready.
+    assert asked == {"startup": "/health/live", "liveness": "/health/live", "readiness": "/health/ready"}
+
+
+def test_the_documented_routes_of_health_exist():
+    text = (DOCKER / "README.md").read_text()
+    section = text[text.index("## Health") : text.index("## The dashboard")]
+    named = set(re.findall(r"`(/[a-z/]+)`", section))
+    assert {"/health/live", "/health/ready", "/ping"} <= named
+    assert named <= {route.path for route in status_router.routes}
+
+
+def test_a_pod_has_time_to_pause_and_to_drain():
+    chosen = {pair["name"]: pair["value"] for pair in POD_SERVER["env"]}
+    names = {name.removeprefix(ENV_PREFIX).lower() for name in chosen}
+    assert names <= Settings.model_fields.keys()
+    _, pause_s = POD_SERVER["lifecycle"]["preStop"]["exec"]["command"]
+    drain_s = float(chosen["LAYERSKIP_DRAIN_TIMEOUT_S"])
+    assert POD["terminationGracePeriodSeconds"] > int(pause_s) + drain_s
+
+
+def test_a_pod_is_confined_as_the_image_is():
+    assert f"{POD['securityContext']['runAsUser']}:{POD['securityContext']['fsGroup']}" == arguments("USER")
+    assert POD_SERVER["securityContext"] == {
+        "readOnlyRootFilesystem": True,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    mounted = {mount["mountPath"]: mount["name"] for mount in POD_SERVER["volumeMounts"]}
+    assert {arguments("VOLUME"), "/tmp"} <= mounted.keys()
+    assert set(mounted.values()) == {volume["name"] for volume in POD["volumes"]}
+    (port,) = POD_SERVER["ports"]
+    assert str(port["containerPort"]) == environment()["LAYERSKIP_PORT"]
+    assert MANIFEST[1]["spec"]["selector"] == MANIFEST[0]["spec"]["selector"]["matchLabels"]

@@ -49,6 +49,7 @@ COUNTERS |= {
         "aborted_requests",
         "worker_restarts",
         "requests_resumed",
+        "out_of_memory",
     )
 }
 HISTOGRAMS = {
@@ -69,7 +70,13 @@ HISTOGRAMS = {
 
 
 class StillWorker:
-    load = Load(num_running=2, num_used_blocks=3, num_free_blocks=9, num_preemptions_total=1)
+    load = Load(
+        num_running=2,
+        num_used_blocks=3,
+        num_free_blocks=9,
+        num_preemptions_total=1,
+        num_out_of_memory_total=4,
+    )
     num_waiting = 5
     heartbeat_age_s = 0.25
     is_up = True
@@ -114,6 +121,7 @@ def test_gauges_are_read_off_the_worker():
     assert value(metrics, "vllm:kv_cache_usage_perc") == 0.25
     assert value(metrics, "layerskip_kv_blocks", state="free") == 9
     assert value(metrics, "vllm:num_preemptions_total") == 1
+    assert value(metrics, "layerskip_out_of_memory_total") == 4
     assert value(metrics, "vllm:cache_config_info", block_size="16", num_gpu_blocks="256") == 1
 
 

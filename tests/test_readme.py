@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -67,3 +68,12 @@ def test_the_metrics_shown_are_emitted(server: Server) -> None:
     assert shown
     emitted = server.get("/metrics").body.decode()
     assert all(name in emitted for name in shown)
+
+
+def test_what_has_not_run_on_a_gpu_is_said_with_the_command_that_runs_it() -> None:
+    box = re.search(r"^> \*\*Not yet run on a GPU\.\*\*.*?(?=^[^>])", README, flags=re.MULTILINE | re.DOTALL)
+    assert box is not None
+    module = re.search(r"^> +python -m (\S+)$", box[0], flags=re.MULTILINE)
+    assert module is not None
+    assert find_spec(module[1]) is not None
+    assert "docker run --rm --gpus all" in README

@@ -18,7 +18,7 @@ from decoding.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from decoding.engine import Engine
 from decoding.kv_cache import slot_bytes
 from decoding.messages import Generate, SamplingParams
-from decoding.weights import Placement, load_weights
+from decoding.weights import DrawnTensors, Placement, load_weights
 from tests.mixes import one_request
 from tests.tiny import load_reference, make_checkpoint
 
@@ -238,7 +238,7 @@ def test_a_config_and_a_tokenizer_are_enough_to_decode_with_drawn_weights(tmp_pa
 
 def test_drawn_weights_are_those_of_a_model_before_training(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(without_weights(tmp_path)), revision=None)
-    placement = Placement(torch.device("cpu"), torch.float64, are_drawn=True)
+    placement = Placement(torch.device("cpu"), torch.float64, drawn=DrawnTensors())
     weights = load_weights(checkpoint, placement, lambda *_: None)
     identity = torch.eye(checkpoint.shape.model_width, dtype=torch.float64)
     matrices = [

@@ -75,6 +75,13 @@ def test_model_name_is_the_folder_or_the_hub_id_or_the_chosen_one(tmp_path):
         ({"device": "gpu"}, {}, "", ["device", "'gpu'"]),
         ({"allowed_exit_layers": "2,x"}, {}, "", ["allowed-exit-layers", "'x'"]),
         ({"allowed_exit_layers": "0"}, {}, "", ["allowed-exit-layers", "greater"]),
+        (
+            {"gpu_memory_utilization": "0.5"},
+            {"MEMORY_FRACTION": "0.6"},
+            "",
+            ["0.5", "memory_fraction", "one of"],
+        ),
+        ({"gpu_memory_utilization": "1.5"}, {}, "", ["memory-fraction", "1.5", "less than or equal to 1"]),
         ({"config": "/no/such/file"}, {}, "", ["/no/such/file", "cannot be read"]),
     ],
 )
@@ -125,11 +132,14 @@ def test_every_setting_is_read_from_its_flag_and_from_its_variable(environment, 
         "served_model_name": "s",
         "max_body_bytes": "2048",
         "memory_fraction": "0.5",
+        "scheduling_policy": "priority",
+        "gpu_memory_utilization": "0.5",
     }
     value = samples.get(name, "7")
     by_flag = chosen_settings([], {name: value})
     environment(**{name.upper(): value})
     by_variable = Settings.load({})
+    name = {"gpu_memory_utilization": "memory_fraction"}.get(name, name)
     assert getattr(by_flag, name) == getattr(by_variable, name)
     assert getattr(by_flag, name) != Settings.model_fields[name].default
 

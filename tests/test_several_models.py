@@ -195,6 +195,9 @@ def test_one_that_does_not_load_leaves_the_other_serving(tmp_path, script):
         assert server.post({"model": script, "prompt": "a"}).status == 503
         assert server.complete(model="other", prompt="a", max_tokens=1)["model"] == "other"
         assert f"layerskip: {script}: " in server.stderr
+        # Where no model is named, the first that serves is meant.
+        assert server.get("/server_info").json["model"] == "other"
+        assert server.get(f"/server_info?model={script}").status == 503
 
 
 def test_a_server_none_of_whose_models_loads_ends_with_exit_code_1(tmp_path):
@@ -239,6 +242,16 @@ def test_yaml_gives_each_model_settings_of_its_own(tmp_path):
     assert big.engine.memory_fraction == small.engine.memory_fraction == 0.45
 
 
+def test_memory_is_given_to_each_model_under_either_name(tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text(
+        "gpu_memory_utilization: 0.5\nmodels:\n- {model: big, memory_fraction: 0.6}\n"
+        "- {model: small, gpu_memory_utilization: 0.2}\n- other\n"
+    )
+    models = Settings.load({"config": str(file)}).per_model()
+    assert [each.engine.memory_fraction for each in models] == [0.6, 0.2, 0.5]
+
+
 def test_shares_of_the_machine_are_divided_unless_chosen():
     one, two, three = Settings.load({"models": "a,b,c"}).per_model()
     assert one.num_threads == two.num_threads == three.num_threads >= 1
@@ -269,10 +282,12 @@ def test_models_that_leave_something_open_are_refused_in_one_line(flags, words):
 @pytest.mark.parametrize(
     ("free", "ours", "fraction", "expected"),
     [
-        (70, 20, 0.9, 60),  # alone: all but the spare tenth
-        (70, 20, 0.45, 25),  # one of two: its own share less its weights
-        (20, 20, 0.45, 10),  # another process was faster: never into the spare tenth
+        (70, 20, 0.9, 62),  # alone: all but the spare twentieth
+        (75, 20, 0.9, 67),  # all but the tenth that was not asked for
+        (70, 20, 0.45, 22),  # one of two: its own share less its weights
+        (20, 20, 0.45, 12),  # another process was faster: never into the spare twentieth
     ],
 )
-def test_cache_takes_its_share_of_the_devices_memory(free, ours, fraction, expected):
-    assert DeviceMemory(free=free, total=100, ours=ours).for_cache(fraction) == expected
+def test_cache_takes_its_share_of_the_devices_memory_less_what_a_step_takes(free, ours, fraction, expected):
+    memory = DeviceMemory(free=free, total=100, ours=ours, activations=3)
+    assert memory.for_cache(fraction) == expected
