@@ -196,6 +196,7 @@ def _settings(options: argparse.Namespace, most: int, **fixed: int) -> EngineSet
         model=options.model,
         dtype=Dtype(options.dtype),
         num_threads=options.threads,
+        compile_layers=options.compile_layers,
         max_num_seqs=max(64, most),
         max_model_len=_BLOCK,
         # Longer than any prompt: no prefix is ever found again, and every run computes its whole prompt.
@@ -222,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=str(BUNDLED_CHECKPOINT), help="checkpoint (default: the bundled one)")
     add("--dtype", choices=[str(each) for each in Dtype], default="float32")
     add("--threads", type=int, default=1)
+    add("--compile-layers", action="store_true", help="with layers compiled for this CPU")
     add("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
     add("--pairs", type=int, default=15, help="rounds at every concurrency (default 15)")
     add("--waves", type=int, default=3, help="requests of a round, in units of the concurrency (default 3)")

@@ -111,11 +111,22 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         min_length=1,
         description="Checkpoint of a separate draft model with the same tokenizer, for drafter `model`.",
     )
+    draft_vocab_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Early exits draft among so many tokens, those seen lately, which saves time where the "
+        "vocabulary is large; unset: all.",
+    )
     max_draft_length: int = Field(default=16, ge=0, le=64, description="Longest draft a request may ask for.")
     num_threads: int | None = Field(
         default=None,
         ge=1,
         description="CPU threads of a worker; unset: all cores but one, divided among the workers.",
+    )
+    compile_layers: bool = Field(
+        default=False,
+        description="On a CPU, compile the layers' code for it at the first start, if there is a C++ compiler; "
+        "it runs on one thread, about twice as fast.",
     )
     memory_fraction: float | None = Field(
         default=None,

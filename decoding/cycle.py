@@ -8,6 +8,7 @@ Shapes: B rows, N tokens fed, W blocks, T cache positions, K drafts, Q choices o
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from decoding.acceptance import num_kept
 from decoding.attention import Attention
+from decoding.draft_head import DraftHead
 from decoding.draft_model import DraftModel
 from decoding.drafting import EarlyExitDrafter
 from decoding.model import LlamaDecoder
@@ -39,10 +41,12 @@ class Cycle:
         block_size: int,
         clock: Callable[[], float],
         draft_model: DraftModel | None = None,
+        draft_head: DraftHead | None = None,
     ) -> None:
         self._device = model.device
         self._routes = Routes(attention, num_layers=model.num_layers, device=model.device)
-        self._drafter = EarlyExitDrafter(model, attention)
+        self._drafter = EarlyExitDrafter(model, attention, draft_head)
+        self._draft_head = draft_head
         self._draft_model = draft_model
         self._verifier = Verifier(model, attention)
         self._offsets = np.arange(block_size, dtype=np.int64)
@@ -68,6 +72,8 @@ class Cycle:
             self._draft_model.follow(plan, slots_BT)
         verified = self._verifier.verify(plan, route, slots_BT, ids_N, exits_MD)
         chosen = self._keep(plan, route, ids_N, verified.choices_BQ)
+        if self._draft_head is not None:
+            self._draft_head.see(np.array([*plan.fed_N.tolist(), *chain.from_iterable(chosen)]))
         reported = self._report(plan, route, ids_N, verified, chosen)
         verify_s = self._clock() - drafted
         return Result(chosen=chosen, reported=reported, draft_s=drafted - started, verify_s=verify_s)

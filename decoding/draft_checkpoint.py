@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from tokenizers import Tokenizer
 
@@ -16,6 +17,9 @@ from config.settings import EngineSettings
 from decoding.checkpoint import Checkpoint, open_checkpoint
 
 _TOKENIZER = "tokenizer.json"
+
+_DRAFT_LENGTH: Final = 4
+"""As in the published comparisons; the controller measures no separate model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,10 @@ class Checkpoints:
     def all(self) -> tuple[Checkpoint, ...]:
         """The full one first."""
         return (self.full,) if self.draft is None else (self.full, self.draft)
+
+    def draft_length(self, settings: EngineSettings) -> int | None:
+        """What the one that drafts does for requests that leave it open; None where there is none."""
+        return None if self.draft is None else min(_DRAFT_LENGTH, settings.max_draft_length)
 
     @property
     def draft_context(self) -> int:

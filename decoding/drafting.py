@@ -14,6 +14,7 @@ from torch import Tensor
 
 from decoding.attention import Attention
 from decoding.coupling import choose
+from decoding.draft_head import DraftHead
 from decoding.edits import apply_edits
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
@@ -36,9 +37,10 @@ class Drafts:
 class EarlyExitDrafter:
     """Runs layers 0 … E − 1 and the model's own head, once for each draft (LayerSkip, arXiv 2404.16710, §4.3)."""
 
-    def __init__(self, model: LlamaDecoder, attention: Attention) -> None:
+    def __init__(self, model: LlamaDecoder, attention: Attention, head: DraftHead | None = None) -> None:
         self._model = model
         self._attention = attention
+        self._head = head
 
     def draft(self, plan: Plan, route: Route, slots_BT: Ints, last_ids_B: Tensor) -> Drafts:
         """Draft for every row with a draft length; `last_ids_B` are the rows' committed, uncomputed tokens."""
@@ -49,10 +51,17 @@ class EarlyExitDrafter:
         for ahead, step in enumerate(route.draft_steps):
             num_rows = step.num_rows
             exits.append(self._run_to_exits(step, slots_BT, plan.num_computed_B + ahead, fed_P[:num_rows]))
-            logits_PV = self._edited(plan, self._model.logits(exits[-1]), ids)
-            fed_P = choose(logits_PV, plan.sampling.first(num_rows), next_positions_B[:num_rows] + ahead)
+            fed_P = self._choose(plan, exits[-1], ids, next_positions_B[:num_rows] + ahead)
             ids.append(fed_P)
         return Drafts(ids_M=torch.cat(ids), exits_MD=torch.cat(exits))
+
+    def _choose(self, plan: Plan, exits_PD: Tensor, ids: list[Tensor], positions_P: Tensor) -> Tensor:
+        """The next draft of each row; `ids` are those so far. Edits are of any token: they take the whole head."""
+        num_rows = len(exits_PD)
+        sampling = plan.sampling.first(num_rows)
+        if self._head is not None and not any(plan.edited[:num_rows]):
+            return self._head.choose(self._model.weights.final_norm(exits_PD), sampling, positions_P)
+        return choose(self._edited(plan, self._model.logits(exits_PD), ids), sampling, positions_P)
 
     @staticmethod
     def _edited(plan: Plan, logits_PV: Tensor, ids: list[Tensor]) -> Tensor:

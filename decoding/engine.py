@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 import torch
 from msgspec import structs
@@ -24,9 +23,12 @@ from decoding.blocks import BlockPool
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
 from decoding.checkpoint import Checkpoint, sampling_defaults, text_assets
 from decoding.choice import DraftChooser
+from decoding.compiled import PanelLinear, make_compiled
+from decoding.compiled import prepare as prepare_compiled
 from decoding.coupling import warm_up as warm_up_choices
 from decoding.cycle import Cycle
 from decoding.draft_checkpoint import Checkpoints
+from decoding.draft_head import make_draft_head
 from decoding.draft_model import DraftModel
 from decoding.exits import Speculation, resolve_speculation
 from decoding.kv_cache import KVCache
@@ -38,9 +40,6 @@ from decoding.scheduler import Scheduler
 from decoding.stepping import Stepper
 from decoding.warm_up import Warmup
 from decoding.weights import DrawnTensors, Placement, Progress, load_weights, rotations
-
-_MODEL_DRAFT_LENGTH: Final = 4
-"""As in the published comparisons; the controller measures no separate model."""
 
 
 def _ignore(_stage: str, _fraction: float) -> None:
@@ -90,7 +89,7 @@ class Engine:
                 settings.max_num_seqs,
                 settings.max_num_batched_tokens,
                 promotes,
-                model_draft_length=None if checkpoints.draft is None else _model_draft_length(settings),
+                model_draft_length=checkpoints.draft_length(settings),
                 model_context=checkpoints.draft_context,
             )
             return Scheduler(pool, limits, chooser, device=device, clock=clock)
@@ -182,7 +181,17 @@ def build_runtime(
     """The models on their device, their caches beside them, and what a cache holds."""
     num_bytes = sum(weight_bytes(checkpoint, dtype) for checkpoint in checkpoints.all)
     offloads = settings.loader == "accelerate" or exceeds_device(num_bytes, device)
-    placement = Placement(device=device, dtype=dtype, drawn=_drawn(settings))
+    shows_head = settings.draft_vocab_size is not None
+    placement = Placement(device=device, dtype=dtype, drawn=_drawn(settings), shows_head=shows_head)
+    if offloads and settings.draft_vocab_size:
+        raise SettingsError(
+            "draft_vocab_size: weights that are offloaded have no head of their own for drafts"
+        )
+    if settings.compile_layers:
+        if offloads:
+            raise SettingsError("compile_layers: weights that are offloaded are not compiled for")
+        prepare_compiled([checkpoint.shape for checkpoint in checkpoints.all], device, dtype, progress)
+        placement = replace(placement, form=PanelLinear)
     weights = [_load(checkpoint, placement, progress, offloads=offloads) for checkpoint in checkpoints.all]
     activations = activation_bytes(
         settings, lambda capacity: build_decoder(settings, checkpoints.full, capacity, weights[0]), device
@@ -200,6 +209,7 @@ def build_runtime(
         block_size=capacity.block_size,
         clock=time.perf_counter,
         draft_model=draft_model,
+        draft_head=make_draft_head(settings, weights[0]),
     )
     return Runtime(model, cycle, draft_model.model if draft_model else None), capacity
 
@@ -211,18 +221,18 @@ def build_decoder(
     sizes = checkpoint.shape
     device, dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
     shape = AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_width)
+    cache = KVCache(
+        num_layers=len(weights.layers),
+        num_slots=capacity.num_slots,
+        slot_width=shape.slot_width,
+        dtype=dtype,
+        device=device,
+    )
+    turns_TF = rotations(checkpoint, capacity.max_model_len, device, dtype)
+    if settings.compile_layers:
+        return make_compiled(weights, shape, cache, turns_TF)
     attention = make_attention(
-        settings.attention,
-        shape=shape,
-        cache=KVCache(
-            num_layers=len(weights.layers),
-            num_slots=capacity.num_slots,
-            slot_width=shape.slot_width,
-            dtype=dtype,
-            device=device,
-        ),
-        rotations_TF=rotations(checkpoint, capacity.max_model_len, device, dtype),
-        block_size=capacity.block_size,
+        settings.attention, shape=shape, cache=cache, rotations_TF=turns_TF, block_size=capacity.block_size
     )
     return LlamaDecoder(weights, attention), attention
 
@@ -240,11 +250,6 @@ def _drawn(settings: EngineSettings) -> DrawnTensors | None:
         return None
     first = min(settings.allowed_exit_layers or (1,))
     return DrawnTensors(late_from=first, late_scale=settings.dummy_scale)
-
-
-def _model_draft_length(settings: EngineSettings) -> int:
-    """What a separate model drafts for requests that leave it open."""
-    return min(_MODEL_DRAFT_LENGTH, settings.max_draft_length)
 
 
 def _check_budget(settings: EngineSettings) -> None:

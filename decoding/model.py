@@ -27,8 +27,8 @@ class RmsNorm:
 
     def __init__(self, weight_D: Tensor, eps: float) -> None:
         width = weight_D.shape[0]
-        self._weight_D = weight_D
-        self._eps = eps
+        self.weight_D = weight_D
+        self.eps = eps
         self._is_plain = weight_D.device.type == "cpu" and weight_D.dtype in (torch.float32, torch.float64)
         self._scaled_weight_D = weight_D * width**0.5
         self._floor = weight_D.new_tensor((width * eps) ** 0.5)
@@ -36,7 +36,7 @@ class RmsNorm:
     def __call__(self, x_ND: Tensor, /) -> Tensor:
         """Normalise and scale; `x_ND` is kept."""
         if not self._is_plain:
-            return F.rms_norm(x_ND, self._weight_D.shape, self._weight_D, self._eps)
+            return F.rms_norm(x_ND, self.weight_D.shape, self.weight_D, self.eps)
         length_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).hypot_(self._floor)
         return x_ND.div(length_N1).mul_(self._scaled_weight_D)
 
@@ -55,12 +55,16 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything a checkpoint brings; a tied head is a linear of the same values as the embedding."""
+    """Everything a checkpoint brings; a tied head is a linear of the same values as the embedding.
+
+    `head_rows_VD` is the head as a plain matrix, where one was asked for.
+    """
 
     embedding_VD: Tensor
     layers: Sequence[Layer]
     final_norm: RmsNorm
     head: Linear
+    head_rows_VD: Tensor | None = None
 
 
 class LlamaDecoder:
@@ -75,6 +79,11 @@ class LlamaDecoder:
     def weights(self) -> Weights:
         """What it computes with: the same weights may serve another decoder, with a cache of its own."""
         return self._weights
+
+    @property
+    def attention(self) -> Attention:
+        """Who makes the queries that layers run with."""
+        return self._attention
 
     @property
     def num_layers(self) -> int:

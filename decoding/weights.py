@@ -144,13 +144,16 @@ class Placement:
     """Where weights go: the device and dtype they are used in.
 
     With an `offload_folder`, matrices are written there by accelerate and mapped into memory for use; once
-    everything is loaded the folder may be deleted. If they are `drawn`, no file of weights is read.
+    everything is loaded the folder may be deleted. If they are `drawn`, no file of weights is read. A model that
+    `shows_head` has the head's rows there as they are, too.
     """
 
     device: torch.device
     dtype: torch.dtype
     offload_folder: Path | None = None
     drawn: DrawnTensors | None = None
+    shows_head: bool = False
+    form: Callable[[Tensor], Linear] = store
 
 
 def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> Weights:
@@ -167,6 +170,7 @@ def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progres
             layers=tuple(layers),
             final_norm=reader.norm("model.norm.weight", shape),
             head=reader.linear([_head_name(shape)], (shape.vocab_size,), shape.model_width),
+            head_rows_VD=_head_rows(reader, shape, embedding_VD) if placement.shows_head else None,
         )
 
 
@@ -212,9 +216,9 @@ class _Reader:
             self.tensors.read_into(name, part)
             if order is not None:
                 part.copy_(order(name, part))
-        return (
-            store(fused_OI) if folder is None else _offload(fused_OI, names[0], folder, self.placement.device)
-        )
+        if folder is None:
+            return self.placement.form(fused_OI)
+        return _offload(fused_OI, names[0], folder, self.placement.device)
 
 
 @contextmanager
@@ -262,6 +266,12 @@ def _offload(weight_OI: Tensor, name: str, folder: Path, device: torch.device) -
         str(folder / f"{name}.dat"), shared=False, size=weight_OI.numel(), dtype=weight_OI.dtype
     )
     return OffloadedLinear(mapped.view_as(weight_OI), device)
+
+
+def _head_rows(reader: _Reader, shape: ModelShape, embedding_VD: Tensor) -> Tensor:
+    if shape.is_head_tied:
+        return embedding_VD
+    return reader.tensor(_head_name(shape), shape.vocab_size, shape.model_width)
 
 
 def _head_name(shape: ModelShape) -> str:

@@ -35,6 +35,7 @@ def make_checkpoint(
     *,
     num_layers: int = 4,
     hidden: int = 32,
+    mlp: int | None = None,
     heads: int = 4,
     kv_heads: int = 2,
     head_dim: int | None = None,
@@ -55,7 +56,7 @@ def make_checkpoint(
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=2 * hidden - 8,
+        intermediate_size=mlp or 2 * hidden - 8,
         num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

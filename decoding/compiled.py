@@ -1,0 +1,297 @@
+"""Layers compiled for the CPU that they run on: a stretch of them in one call, without operators in between.
+
+Knows how `compiled_layers.cpp` is built, called and given its matrices; knows nothing of rows or drafts.
+
+Shapes: N tokens, D model width, V vocabulary, O outputs, I inputs, T cache positions, F head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config.caches import cache_folder
+from config.errors import SettingsError
+from decoding.attention import Arrangement, AttentionShape, Queries
+from decoding.checkpoint import ModelShape
+from decoding.kv_cache import KVCache
+from decoding.model import LlamaDecoder, RmsNorm, Weights
+from decoding.ragged import Ints, Ragged
+from decoding.weights import Progress
+
+_SOURCE: Final = Path(__file__).with_name("compiled_layers.cpp")
+_COMPILERS: Final = ("g++", "clang++", "c++")
+_FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
+_LANES: Final = 16
+"""Numbers that the compiled code takes at once: every width is a multiple of it."""
+
+_STORED: Final = (torch.float32, torch.bfloat16, torch.float16)
+_CACHED: Final = (torch.float32, torch.bfloat16)
+_HEAD_WIDTHS: Final = (16, 32, 64, 80, 96, 128)
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "down", "cache")
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("width", "num_heads", "num_kv_heads", "head_width", "mlp_width")
+        ),
+        ("eps", ctypes.c_float),
+        ("stored", ctypes.c_int32),
+        ("cached", ctypes.c_int32),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "rotations", "contexts", "starts", "lengths")),
+    ]
+
+
+def build(cache_folder: Path) -> ctypes.CDLL:
+    """The compiled code for this CPU, from the cache if it is there. Raises SettingsError."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise SettingsError(f"compile_layers: no C++ compiler ({', '.join(_COMPILERS)}) was found")
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join((compiler, *_FLAGS)).encode() + _cpu().encode())
+    path = cache_folder / "compiled" / f"layers-{key.hexdigest()[:16]}.so"
+    if not path.is_file():
+        _compile(compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """In place at once, so that two servers that start together do not see half of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
+            # The compiler's name was looked up, and nothing of a request is in it.
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            made.replace(path)
+    except subprocess.CalledProcessError as error:
+        said = next(iter(error.stderr.splitlines()), "nothing")
+        raise SettingsError(f"compile_layers: {compiler} failed and said: {said}") from error
+    except OSError as error:
+        raise SettingsError(f"compile_layers: {path.parent} cannot be written: {error.strerror}") from error
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+class PanelLinear:
+    """A matrix in panels of 16 outputs, input by input, in the shortest dtype that holds its values."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        num_outputs, num_inputs = weight_OI.shape
+        self.shape = num_outputs, num_inputs
+        padded_OI = F.pad(weight_OI, (0, 0, 0, -num_outputs % _LANES))
+        panels = padded_OI.view(-1, _LANES, num_inputs).transpose(1, 2)
+        self.panels = panels.to(_shortest(weight_OI)).contiguous()
+
+    def __call__(self, x_NI: Tensor, /) -> Tensor:
+        """Apply the matrix, slowly: compiled code reads the panels itself."""
+        num_outputs, num_inputs = self.shape
+        weight_OI = self.panels.to(x_NI.dtype).transpose(1, 2).reshape(-1, num_inputs)
+        return x_NI @ weight_OI[:num_outputs].t()
+
+
+def _shortest(weight_OI: Tensor) -> torch.dtype:
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(weight_OI.to(dtype).to(weight_OI.dtype), weight_OI):
+            return dtype
+    return torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed(Queries):
+    """Where tokens are stored, how they are rotated and what they see; the arrays live as long as this does."""
+
+    tokens: _Tokens
+    arrays: tuple[Ints, ...]
+    rotations_NF: Tensor
+
+
+class SlotAttention:
+    """Says where each token's context lies. Attends nothing itself: compiled layers do."""
+
+    def __init__(self, cache: KVCache, rotations_TF: Tensor) -> None:
+        self.cache = cache
+        self._rotations_TF = rotations_TF
+
+    def arrange(self, tokens: Ragged, classes_B: Ints) -> Arrangement:
+        """Nothing is padded, whatever the rows."""
+        return Arrangement(tokens)
+
+    def queries(self, arrangement: Arrangement, slots_BT: Ints, starts_B: Ints) -> Queries:
+        """Look up where each token is stored and how far it sees."""
+        tokens = arrangement.tokens
+        rows_N = tokens.rows_N
+        positions_N = starts_B[rows_N] + tokens.steps_N
+        contexts_BT = np.ascontiguousarray(slots_BT)
+        slots_N = contexts_BT[rows_N, positions_N]
+        starts_N, lengths_N = rows_N * contexts_BT.shape[1], positions_N + 1
+        rotations_NF = self._rotations_TF.index_select(0, torch.from_numpy(positions_N))
+        arrays = slots_N, contexts_BT, starts_N, lengths_N
+        placed = _Tokens(
+            len(rows_N),
+            slots_N.ctypes.data,
+            rotations_NF.data_ptr(),
+            contexts_BT.ctypes.data,
+            starts_N.ctypes.data,
+            lengths_N.ctypes.data,
+        )
+        return _Placed(placed, arrays, rotations_NF)
+
+    def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+class CompiledDecoder(LlamaDecoder):
+    """Runs layers first … last − 1 in one call, on one thread, in float32 whatever hidden states are kept in.
+
+    A token's results do not depend on the tokens beside it.
+    """
+
+    def __init__(
+        self, weights: Weights, attention: SlotAttention, shape: AttentionShape, library: ctypes.CDLL
+    ) -> None:
+        super().__init__(weights, attention)
+        self._library = library
+        matrices = [
+            m for layer in weights.layers for m in (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
+        ]
+        linears = [_panels(each) for each in (*matrices, weights.head)]
+        dtypes = {linear.panels.dtype for linear in linears}
+        stored = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        for linear in linears:
+            linear.panels = linear.panels.to(stored)
+        self._norms_D = [
+            _norm(each) for layer in weights.layers for each in (layer.attention_norm, layer.mlp_norm)
+        ]
+        self._final_norm_D = _norm(weights.final_norm)
+        self._head = linears[-1]
+        self._layers = _layers(linears[:-1], self._norms_D, attention.cache)
+        self._model = _Model(
+            weights.embedding_VD.shape[1],
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_width,
+            linears[3].shape[1],
+            weights.final_norm.eps,
+            _STORED.index(stored),
+            _CACHED.index(attention.cache.layer(0).dtype),
+            self._layers,
+        )
+
+    def run_layers(self, hidden_ND: Tensor, first: int, last: int, queries: Queries) -> Tensor:
+        """Residual stream after layers first … last − 1; `hidden_ND` is what enters `first`, and is kept."""
+        assert isinstance(queries, _Placed)
+        out_ND = hidden_ND.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self._library.run_layers(
+            ctypes.byref(self._model),
+            ctypes.c_int64(first),
+            ctypes.c_int64(last),
+            ctypes.c_void_p(out_ND.data_ptr()),
+            ctypes.byref(queries.tokens),
+        )
+        self.num_layer_calls += last - first
+        return out_ND.to(hidden_ND.dtype)
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] of hidden states after any layer: the final norm, then the one head of the model."""
+        entering_ND = hidden_ND.to(torch.float32).contiguous()
+        padded = len(self._head.panels) * _LANES
+        logits_NV = torch.empty(len(hidden_ND), padded)
+        self._library.head_logits(
+            ctypes.byref(self._model),
+            ctypes.c_void_p(self._final_norm_D.data_ptr()),
+            ctypes.c_void_p(self._head.panels.data_ptr()),
+            ctypes.c_int64(padded),
+            ctypes.c_void_p(entering_ND.data_ptr()),
+            ctypes.c_int64(len(hidden_ND)),
+            ctypes.c_void_p(logits_NV.data_ptr()),
+        )
+        return logits_NV[:, : self._head.shape[0]]
+
+
+def make_compiled(
+    weights: Weights, shape: AttentionShape, cache: KVCache, rotations_TF: Tensor
+) -> tuple[CompiledDecoder, SlotAttention]:
+    """A decoder of weights that are PanelLinear, over this cache. Raises SettingsError."""
+    attention = SlotAttention(cache, rotations_TF)
+    return CompiledDecoder(weights, attention, shape, build(cache_folder())), attention
+
+
+def prepare(
+    shapes: Sequence[ModelShape], device: torch.device, dtype: torch.dtype, progress: Progress
+) -> None:
+    """Refuse what the compiled code does not do, and compile it if it never was. Raises SettingsError."""
+    for shape in shapes:
+        widths = shape.model_width, shape.mlp_width
+        _check(AttentionShape(shape.num_heads, shape.num_kv_heads, shape.head_width), widths, device, dtype)
+    progress("compiling layers", 0.0)
+    build(cache_folder())
+
+
+def _check(shape: AttentionShape, widths: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
+    if device.type != "cpu" or dtype not in _CACHED:
+        wanted = "a CPU and dtype float32 or bfloat16"
+        raise SettingsError(
+            f"compile_layers needs {wanted}, not {device} and {str(dtype).removeprefix('torch.')}"
+        )
+    if shape.head_width not in _HEAD_WIDTHS or any(width % _LANES for width in widths):
+        raise SettingsError("compile_layers: this checkpoint's widths are not multiples of 16")
+
+
+def _panels(linear: object) -> PanelLinear:
+    assert isinstance(linear, PanelLinear)
+    return linear
+
+
+def _norm(norm: RmsNorm) -> Tensor:
+    return norm.weight_D.float().contiguous()
+
+
+def _layers(
+    linears: Sequence[PanelLinear], norms_D: Sequence[Tensor], cache: KVCache
+) -> ctypes.Array[_Layer]:
+    """Addresses of four matrices and two norms for each layer."""
+    num_layers = len(linears) // 4
+    layers = (_Layer * num_layers)()
+    for index in range(num_layers):
+        qkv, out, gate_up, down = (linear.panels.data_ptr() for linear in linears[4 * index : 4 * index + 4])
+        attention_norm, mlp_norm = (norm.data_ptr() for norm in norms_D[2 * index : 2 * index + 2])
+        cached = cache.layer(index).data_ptr()
+        layers[index] = _Layer(attention_norm, qkv, out, mlp_norm, gate_up, down, cached)
+    return layers

@@ -1,0 +1,174 @@
+"""Compiled layers compute what the others do, whatever tokens are beside a token, and never change a text."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config.errors import SettingsError
+from config.settings import BUNDLED_CHECKPOINT, EngineSettings
+from decoding import compiled
+from decoding.compiled import PanelLinear
+from decoding.engine import Engine
+from decoding.messages import Generate, SamplingParams
+from decoding.ragged import Ragged
+from tests.tiny import make_checkpoint
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory):
+    """What is compiled here is compiled anew."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+def engine(folder: Path, **settings: object) -> Engine:
+    """Nothing is left to choose, so that no steps are measured at the start."""
+    return Engine.load(
+        EngineSettings(
+            model=str(folder),
+            num_threads=1,
+            num_blocks=128,
+            block_size=4,
+            max_model_len=128,
+            exit_layer=1,
+            draft_length=1,
+            **settings,
+        )
+    )
+
+
+def hidden_after(loaded: Engine, last: int, counts: list[int], starts: list[int], ids: Tensor) -> Tensor:
+    """Hidden states after `last` layers of rows that stand in slots of their own."""
+    model, attention = loaded.runtime.model, loaded.runtime.model.attention
+    tokens = Ragged.of(np.array(counts))
+    slots_BT = np.arange(len(counts))[:, None] * 32 + np.arange(32)
+    arrangement = attention.arrange(tokens, np.zeros(len(counts), dtype=np.int64))
+    queries = attention.queries(arrangement, slots_BT, np.array(starts))
+    return model.run_layers(model.embed(ids), 0, last, queries)
+
+
+@needs_compiler
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_width", [16, 32, 64, 80, 128])
+def test_layers_and_head_equal_the_others(tmp_path: Path, stored: torch.dtype, head_width: int) -> None:
+    """One long part, then one token and three more, after every number of layers."""
+    folder = make_checkpoint(tmp_path, head_dim=head_width, hidden=64, mlp=96)
+    _store_as(folder, stored)
+    plain, fast = engine(folder, dtype="float64"), engine(folder, compile_layers=True)
+    assert fast.runtime.model.weights.layers[0].qkv.panels.dtype == stored
+    ids = torch.arange(40) % 50
+    with torch.inference_mode():
+        for counts, starts in (([20, 20], [0, 0]), ([1, 3], [20, 20])):
+            fed = ids[: sum(counts)]
+            for last in range(1, plain.runtime.model.num_layers + 1):
+                expected, found = (hidden_after(each, last, counts, starts, fed) for each in (plain, fast))
+                assert _error(found, expected) < 1e-5
+                logits = [each.runtime.model.logits(h) for each, h in ((plain, expected), (fast, found))]
+                assert _error(logits[1], logits[0]) < 1e-5
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _store_as(folder: Path, dtype: torch.dtype) -> None:
+    """The same weights as this dtype holds them, in float32."""
+    path = folder / "model.safetensors"
+    save_file({name: each.to(dtype).float() for name, each in load_file(path).items()}, path, {"format": "pt"})
+
+
+@needs_compiler
+def test_a_token_is_the_same_to_the_bit_whatever_is_beside_it(tmp_path: Path) -> None:
+    loaded = engine(make_checkpoint(tmp_path, head_dim=16, mlp=48), compile_layers=True)
+    last = loaded.runtime.model.num_layers
+    with torch.inference_mode():
+        alone = hidden_after(loaded, last, [1], [0], torch.tensor([7]))
+        for others in (1, 4, 5, 6, 13):
+            ids = torch.cat((torch.tensor([7]), torch.arange(others)))
+            together = hidden_after(loaded, last, [1] * (1 + others), [0] * (1 + others), ids)
+            assert torch.equal(together[:1], alone)
+            assert not torch.equal(together[1:2], alone)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_of_mixed_batches_are_those_of_plain_decoding(dtype: str) -> None:
+    """The bundled checkpoint; compiled sums have one order, so that even bfloat16 leaves no choice to chance."""
+    loaded = engine(BUNDLED_CHECKPOINT, compile_layers=True, dtype=dtype)
+    rng = random.Random(8)
+    requests = [
+        Generate(
+            sequence_id=number,
+            prompt_ids=[rng.randrange(5, 4000) for _ in range(rng.randrange(1, 20))],
+            max_new_tokens=24,
+            sampling=SamplingParams(temperature=rng.choice([0.0, 0.8]), top_p=0.9),
+            seed=number,
+            stop_token_ids=[],
+            exit_layer=rng.choice([None, 3, 6]),
+            draft_length=rng.choice([None, 1, 4]),
+        )
+        for number in range(12)
+    ]
+    together = loaded.generate(requests)
+    drafted = sum(event.drafted for events in together.values() for event in events)
+    kept = sum(event.kept for events in together.values() for event in events)
+    assert 0 < kept < drafted
+    loaded.check_integrity()
+    for request in requests:
+        plain = _plain(request)
+        assert _text(loaded.generate([plain])[plain.sequence_id]) == _text(together[request.sequence_id])
+
+
+def _plain(request: Generate) -> Generate:
+    changed = {"sequence_id": request.sequence_id + 100, "exit_layer": 3, "draft_length": 0}
+    return Generate(**{name: getattr(request, name) for name in request.__struct_fields__} | changed)
+
+
+def _text(events) -> list[int]:
+    return [token_id for event in events for token_id in event.token_ids]
+
+
+@needs_compiler
+def test_float64_and_odd_widths_are_refused(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, head_dim=8)
+    with pytest.raises(SettingsError, match="not cpu and float64"):
+        engine(folder, compile_layers=True, dtype="float64")
+    with pytest.raises(SettingsError, match="multiples of 16"):
+        engine(folder, compile_layers=True)
+
+
+def test_without_a_compiler_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SettingsError, match=r"no C\+\+ compiler"):
+        compiled.build(tmp_path)
+
+
+@needs_compiler
+def test_what_was_compiled_is_found_again(tmp_path: Path) -> None:
+    compiled.build(tmp_path)
+    (made,) = (tmp_path / "compiled").iterdir()
+    before = made.stat().st_mtime_ns
+    compiled.build(tmp_path)
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "compiled").iterdir()] == [before]
+
+
+@pytest.mark.parametrize("num_outputs", [16, 20])
+def test_panels_hold_the_matrix(num_outputs: int) -> None:
+    weight_OI = torch.randn(num_outputs, 24)
+    x_NI = torch.randn(3, 24)
+    torch.testing.assert_close(PanelLinear(weight_OI)(x_NI), x_NI @ weight_OI.t())
