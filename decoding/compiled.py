@@ -1,6 +1,6 @@
 """Layers compiled for the CPU that they run on: a stretch of them in one call, without operators in between.
 
-Knows how `compiled_layers.cpp` is built, called and given its matrices; knows nothing of rows or drafts.
+Knows how compiled code is called and given its matrices; knows nothing of rows or drafts.
 
 Shapes: N tokens, D model width, V vocabulary, O outputs, I inputs, T cache positions, F head width.
 """
@@ -8,14 +8,8 @@ Shapes: N tokens, D model width, V vocabulary, O outputs, I inputs, T cache posi
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -27,14 +21,13 @@ from config.caches import cache_folder
 from config.errors import SettingsError
 from decoding.attention import Arrangement, AttentionShape, Queries
 from decoding.checkpoint import ModelShape
+from decoding.compiled_library import build
 from decoding.kv_cache import KVCache
+from decoding.logits import Sampling
 from decoding.model import LlamaDecoder, RmsNorm, Weights
 from decoding.ragged import Ints, Ragged
 from decoding.weights import Progress
 
-_SOURCE: Final = Path(__file__).with_name("compiled_layers.cpp")
-_COMPILERS: Final = ("g++", "clang++", "c++")
-_FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
 _LANES: Final = 16
 """Numbers that the compiled code takes at once: every width is a multiple of it."""
 
@@ -68,44 +61,6 @@ class _Tokens(ctypes.Structure):
         ("count", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("slots", "rotations", "contexts", "starts", "lengths")),
     ]
-
-
-def build(cache_folder: Path) -> ctypes.CDLL:
-    """The compiled code for this CPU, from the cache if it is there. Raises SettingsError."""
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise SettingsError(f"compile_layers: no C++ compiler ({', '.join(_COMPILERS)}) was found")
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join((compiler, *_FLAGS)).encode() + _cpu().encode())
-    path = cache_folder / "compiled" / f"layers-{key.hexdigest()[:16]}.so"
-    if not path.is_file():
-        _compile(compiler, path)
-    return ctypes.CDLL(str(path))
-
-
-def _compile(compiler: str, path: Path) -> None:
-    """In place at once, so that two servers that start together do not see half of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made)]
-            # The compiler's name was looked up, and nothing of a request is in it.
-            subprocess.run(command, check=True, capture_output=True, text=True)
-            made.replace(path)
-    except subprocess.CalledProcessError as error:
-        said = next(iter(error.stderr.splitlines()), "nothing")
-        raise SettingsError(f"compile_layers: {compiler} failed and said: {said}") from error
-    except OSError as error:
-        raise SettingsError(f"compile_layers: {path.parent} cannot be written: {error.strerror}") from error
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
 class PanelLinear:
@@ -243,6 +198,32 @@ class CompiledDecoder(LlamaDecoder):
             ctypes.c_void_p(logits_NV.data_ptr()),
         )
         return logits_NV[:, : self._head.shape[0]]
+
+    def choose(self, logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor:
+        """The token that stands at each position by the choice rule, int64 [N]."""
+        if sampling.any_top_k:
+            return super().choose(logits_NV, sampling, positions_N)
+        chosen_N = torch.empty(len(logits_NV), dtype=torch.int64)
+        assert logits_NV.dtype == torch.float32
+        assert logits_NV.stride(1) == 1
+        columns = [
+            sampling.temperatures_N,
+            sampling.top_ps_N,
+            sampling.min_ps_N,
+            *sampling.keys_2N,
+            positions_N,
+        ]
+        # Kept until the call returns: a column that is not contiguous is copied.
+        columns = [column.contiguous() for column in columns]
+        self._library.choose_tokens(
+            ctypes.c_void_p(logits_NV.data_ptr()),
+            ctypes.c_int64(len(logits_NV)),
+            ctypes.c_int64(logits_NV.shape[1]),
+            ctypes.c_int64(logits_NV.stride(0)),
+            *(ctypes.c_void_p(column.data_ptr()) for column in columns),
+            ctypes.c_void_p(chosen_N.data_ptr()),
+        )
+        return chosen_N
 
 
 def make_compiled(

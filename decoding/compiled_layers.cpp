@@ -7,108 +7,12 @@
 // Shapes: N tokens, D model width, H query heads, G key/value heads, F head width, I inputs, O outputs.
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <type_traits>
 #include <vector>
 
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "compiled_vectors.h"
 
 namespace {
-
-constexpr int LANES = 16;
-using Floats = float __attribute__((vector_size(4 * LANES)));
-using Words = int32_t __attribute__((vector_size(4 * LANES)));
-using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
-
-struct Bfloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-
-inline Floats load(const float *from) {
-    Floats loaded;
-    std::memcpy(&loaded, from, sizeof loaded);
-    return loaded;
-}
-
-inline Floats load(const Bfloat16 *from) {
-    Shorts bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return (Floats)(__builtin_convertvector(bits, Words) << 16);
-}
-
-inline Floats load(const Float16 *from) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-#elif defined(__F16C__)
-    const __m128i *halves = reinterpret_cast<const __m128i *>(from);
-    const __m256 both[2] = {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-    Floats loaded;
-    std::memcpy(&loaded, both, sizeof loaded);
-    return loaded;
-#else
-    // The exponents of subnormal halves come out by the product.
-    Shorts bits;
-    std::memcpy(&bits, from, sizeof bits);
-    const Words words = __builtin_convertvector(bits, Words);
-    const Words magnitude = (words & 0x7fff) << 13;
-    const Words sign = (words & 0x8000) << 16;
-    const Floats scaled = (Floats)magnitude * 0x1p112f;
-    return (Floats)((Words)scaled | sign);
-#endif
-}
-
-inline void store(float *to, Floats values) { std::memcpy(to, &values, sizeof values); }
-
-inline void store(Bfloat16 *to, Floats values) {
-    // To the nearest, ties to even.
-    const Words bits = (Words)values;
-    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Shorts kept = __builtin_convertvector((rounded >> 16) & 0xffff, Shorts);
-    std::memcpy(to, &kept, sizeof kept);
-}
-
-inline float sum(Floats values) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += values[lane];
-    return total;
-}
-
-inline float sum_pairwise(Floats values) {
-    using Half = float __attribute__((vector_size(32)));
-    using Quarter = float __attribute__((vector_size(16)));
-    Half halves[2];
-    std::memcpy(halves, &values, sizeof values);
-    const Half eight = halves[0] + halves[1];
-    Quarter quarters[2];
-    std::memcpy(quarters, &eight, sizeof eight);
-    const Quarter four = quarters[0] + quarters[1];
-    return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-// e to the power of x, to about one unit in the last place; what would overflow or vanish is clamped.
-inline Floats exponential(Floats x) {
-    const Floats least = Floats{} - 87.0f, most = Floats{} + 88.0f;
-    x = x < least ? least : x;
-    x = x > most ? most : x;
-    const Floats shift = Floats{} + 0x1.8p23f;
-    const Floats shifted = x * 1.44269504f + shift;
-    const Floats whole = shifted - shift;
-    const Floats rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-    Floats power = 1.9875691500e-4f * rest + 1.3981999507e-3f;
-    power = power * rest + 8.3334519073e-3f;
-    power = power * rest + 4.1665795894e-2f;
-    power = power * rest + 1.6666665459e-1f;
-    power = power * rest + 5.0000001201e-1f;
-    power = power * rest * rest + rest + 1.0f;
-    const Words exponent = ((Words)shifted - (Words)shift) << 23;
-    return (Floats)((Words)power + exponent);
-}
 
 // Panels of 16 outputs: weights[panel][input][16]. Adds nothing to what `out` held.
 template <class Weight, int TOKENS, int PANELS>

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from decoding.attention import Arrangement, Attention, context_classes
-from decoding.coupling import choose
 from decoding.edits import apply_edits
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
@@ -89,7 +88,7 @@ class DraftModel:
             before = [[ids_P[index] for ids_P in so_far] for index in range(len(rows))]
             logits_PV = apply_edits(logits_PV, edited, before)
         positions_P = self._on_device(plan.num_computed_B[rows] + 1 + len(so_far))
-        return choose(logits_PV, plan.sampling.take(self._on_device(rows)), positions_P)
+        return self.model.choose(logits_PV, plan.sampling.take(self._on_device(rows)), positions_P)
 
     def _on_device(self, array: Ints) -> Tensor:
         return torch.from_numpy(array).to(self.model.device, non_blocking=True)

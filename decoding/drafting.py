@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from decoding.attention import Attention
-from decoding.coupling import choose
 from decoding.draft_head import DraftHead
 from decoding.edits import apply_edits
 from decoding.model import LlamaDecoder
@@ -61,7 +60,9 @@ class EarlyExitDrafter:
         sampling = plan.sampling.first(num_rows)
         if self._head is not None and not any(plan.edited[:num_rows]):
             return self._head.choose(self._model.weights.final_norm(exits_PD), sampling, positions_P)
-        return choose(self._edited(plan, self._model.logits(exits_PD), ids), sampling, positions_P)
+        return self._model.choose(
+            self._edited(plan, self._model.logits(exits_PD), ids), sampling, positions_P
+        )
 
     @staticmethod
     def _edited(plan: Plan, logits_PV: Tensor, ids: list[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """A lean Llama decoder that can run any stretch of its layers.
 
-Knows hidden states and layers; knows nothing of drafts, rows or sampling.
+Knows hidden states and layers; knows nothing of drafts or rows.
 
 Shapes: N tokens, D model width, V vocabulary.
 """
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding.attention import Attention, Queries
+from decoding.coupling import choose
 from decoding.linear import Linear
+from decoding.logits import Sampling
 
 
 class RmsNorm:
@@ -68,7 +70,9 @@ class Weights:
 
 
 class LlamaDecoder:
-    """Runs layers first..last of a Llama-architecture model on hidden states of ragged tokens."""
+    """Runs layers first..last of a Llama-architecture model on hidden states of ragged tokens, and chooses among
+    logits by the public rule, which is the same for every decoder.
+    """
 
     def __init__(self, weights: Weights, attention: Attention) -> None:
         self._weights = weights
@@ -116,3 +120,7 @@ class LlamaDecoder:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of hidden states after any layer: the final norm, then the one head of the model."""
         return self._weights.head(self._weights.final_norm(hidden_ND))
+
+    def choose(self, logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor:
+        """The token that stands at each position by the choice rule, int64 [N]."""
+        return choose(logits_NV, sampling, positions_N)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from decoding.attention import Attention
-from decoding.coupling import choose
 from decoding.edits import apply_edits
 from decoding.logprobs import token_logprobs
 from decoding.messages import TokenLogprob
@@ -72,7 +71,7 @@ class Verifier:
             hidden_ND = hidden_ND[route.choosing_M]
         computed_B = torch.from_numpy(plan.num_computed_B).to(hidden_ND.device, non_blocking=True)
         logits_MV = self._model.logits(hidden_ND)
-        chosen_M = choose(
+        chosen_M = self._model.choose(
             self._edited(plan, route, logits_MV, ids_N),
             plan.sampling.take(route.rows_M),
             computed_B[route.rows_M] + route.ahead_M,

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from config.errors import SettingsError
 from config.settings import BUNDLED_CHECKPOINT, EngineSettings
-from decoding import compiled
+from decoding import compiled_library
 from decoding.compiled import PanelLinear
+from decoding.coupling import choose
 from decoding.engine import Engine
+from decoding.logits import Sampling
 from decoding.messages import Generate, SamplingParams
 from decoding.ragged import Ragged
 from tests.tiny import make_checkpoint
@@ -89,7 +91,9 @@ def _error(found: Tensor, expected: Tensor) -> float:
 def _store_as(folder: Path, dtype: torch.dtype) -> None:
     """The same weights as this dtype holds them, in float32."""
     path = folder / "model.safetensors"
-    save_file({name: each.to(dtype).float() for name, each in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {name: each.to(dtype).float() for name, each in load_file(path).items()}, path, {"format": "pt"}
+    )
 
 
 @needs_compiler
@@ -144,6 +148,37 @@ def _text(events) -> list[int]:
 
 
 @needs_compiler
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_the_choice_is_that_of_the_published_rule(has_ties: bool) -> None:
+    """400 random batches: greedy rows, top-p, min-p, no filter, tokens that are ruled out."""
+    model = engine(BUNDLED_CHECKPOINT, compile_layers=True).runtime.model
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    seen = set()
+    for _ in range(400):
+        logits_NV = torch.randn(rng.choice([1, 3]), rng.choice([20, 64, 1000, 4096]), generator=generator)
+        logits_NV *= rng.choice([0.1, 1, 4, 8])
+        if has_ties:
+            logits_NV = (logits_NV * 2).round() / 2
+        if rng.random() < 0.2:
+            logits_NV[:, ::3] = -torch.inf
+        params = [
+            SamplingParams(
+                temperature=rng.choice([0, 0.01, 0.3, 0.8, 1.5]),
+                top_p=rng.choice([1e-9, 0.1, 0.95, 1.0]),
+                min_p=rng.choice([0, 0, 0.05]),
+                top_k=rng.choice([0, 0, 0, 0, 0, 9]),
+            )
+            for _ in logits_NV
+        ]
+        sampling = Sampling.of(params, [rng.randrange(1 << 62) for _ in params], torch.device("cpu"))
+        positions_N = torch.tensor([rng.randrange(5000) for _ in params])
+        chosen_N = model.choose(logits_NV, sampling, positions_N)
+        assert torch.equal(chosen_N, choose(logits_NV, sampling, positions_N))
+        seen |= set(chosen_N.tolist())
+    assert len(seen) > 100
+
+
+@needs_compiler
 def test_float64_and_odd_widths_are_refused(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, head_dim=8)
     with pytest.raises(SettingsError, match="not cpu and float64"):
@@ -155,15 +190,15 @@ def test_float64_and_odd_widths_are_refused(tmp_path: Path) -> None:
 def test_without_a_compiler_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match=r"no C\+\+ compiler"):
-        compiled.build(tmp_path)
+        compiled_library.build(tmp_path)
 
 
 @needs_compiler
 def test_what_was_compiled_is_found_again(tmp_path: Path) -> None:
-    compiled.build(tmp_path)
+    compiled_library.build(tmp_path)
     (made,) = (tmp_path / "compiled").iterdir()
     before = made.stat().st_mtime_ns
-    compiled.build(tmp_path)
+    compiled_library.build(tmp_path)
     assert [path.stat().st_mtime_ns for path in (tmp_path / "compiled").iterdir()] == [before]
 
 

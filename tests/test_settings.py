@@ -134,6 +134,7 @@ def test_every_setting_is_read_from_its_flag_and_from_its_variable(environment, 
         "memory_fraction": "0.5",
         "scheduling_policy": "priority",
         "gpu_memory_utilization": "0.5",
+        "compile_layers": "true",
     }
     value = samples.get(name, "7")
     by_flag = chosen_settings([], {name: value})
