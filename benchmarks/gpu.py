@@ -28,7 +28,7 @@ import torch
 from benchmarks.gpu_device import Device, Row
 from benchmarks.gpu_parts import FULL, NEED_CUDA, PARTS, TINY, Bench
 from benchmarks.gpu_shapes import SHAPES, Shape
-from decoding.engine import pick_device
+from decoding.devices import pick_device
 
 _FILE: Final = "gpu.json"
 _REAL: Final = ("1B", "7B", "8B")

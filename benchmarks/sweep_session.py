@@ -20,7 +20,7 @@ from benchmarks.sweep_table import ALL_DOMAINS
 from config.errors import SettingsError
 from config.settings import EngineSettings
 from decoding.checkpoint import open_checkpoint
-from decoding.engine import pick_device
+from decoding.devices import pick_device
 
 
 def prepare(request: Request, out: Path) -> Sweep:

@@ -27,6 +27,7 @@ from decoding.compiled import PanelLinear, make_compiled
 from decoding.compiled import prepare as prepare_compiled
 from decoding.coupling import warm_up as warm_up_choices
 from decoding.cycle import Cycle
+from decoding.devices import pick_device, pick_dtype
 from decoding.draft_checkpoint import Checkpoints
 from decoding.draft_head import make_draft_head
 from decoding.draft_model import DraftModel
@@ -259,29 +260,6 @@ def _check_budget(settings: EngineSettings) -> None:
         raise SettingsError(
             f"max_num_batched_tokens {budget} is less than a token for each of {rows} rows: {remedy}"
         )
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device asked for; "auto" takes CUDA where there is one. Raises SettingsError."""
-    has_cuda = torch.cuda.is_available()
-    if wanted == "auto":
-        return torch.device("cuda" if has_cuda else "cpu")
-    if wanted.startswith("cuda") and not has_cuda:
-        raise SettingsError(f"device {wanted!r}: torch finds no CUDA device; pass --device cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(
-            f"device {wanted!r}: torch finds {torch.cuda.device_count()} CUDA devices, from cuda:0 on"
-        )
-    return device
-
-
-def pick_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
-    """The dtype asked for; "auto" is the checkpoint's own on CUDA and float32 on a CPU."""
-    name = wanted if wanted != "auto" else stored if device.type == "cuda" else "float32"
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _limits(

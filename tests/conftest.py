@@ -13,7 +13,10 @@ from tests.server_process import REAL, SCRIPTED, Server, running
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The real server with the bundled checkpoint on one thread; leave it idle and alive."""
-    with running(REAL, tmp_path_factory.mktemp("server"), "--num-threads", "1") as real:
+    # A small cache: the default one takes a second to fill with zeros.
+    with running(
+        REAL, tmp_path_factory.mktemp("server"), "--num-threads", "1", "--num-blocks", "1024"
+    ) as real:
         real.wait_ready()
         yield real
 

@@ -66,24 +66,30 @@ class Lab:
         return Engine(loaded.ready, loaded.runtime, scheduler, clock=lambda: 0.0)
 
 
-def make_lab(folder: Path) -> Lab:
+def make_lab(folder: Path, *, transparent_from: int | None = None) -> Lab:
     """A checkpoint in `folder`, its engines and its oracle."""
-    make_checkpoint(folder, num_layers=NUM_LAYERS, vocab=VOCAB, dtype=torch.float64)
-    engines = {
+    make_checkpoint(
+        folder,
+        num_layers=NUM_LAYERS,
+        vocab=VOCAB,
+        dtype=torch.float64,
+        transparent_from=transparent_from,
+    )
+    return Lab(load_engines(folder), NaiveDecoder(folder))
+
+
+def load_engines(folder: Path, **more: object) -> dict[int, Engine]:
+    """Engines of a checkpoint in float64, by the size of their blocks."""
+    return {
         size: Engine.load(
             EngineSettings(
-                model=str(folder),
-                dtype="float64",
-                device="cpu",
-                num_threads=1,
-                block_size=size,
-                num_blocks=2048 // size,
-                max_model_len=MAX_LEN,
+                **{"model": str(folder), "dtype": "float64", "device": "cpu", "num_threads": 1},
+                **{"block_size": size, "num_blocks": 2048 // size, "max_model_len": MAX_LEN},
+                **more,
             )
         )
         for size in (4, 16)
     }
-    return Lab(engines, NaiveDecoder(folder))
 
 
 def random_edits(rng: np.random.Generator) -> LogitEdits:
@@ -146,6 +152,7 @@ def with_extras(request: Generate, rng: np.random.Generator) -> Generate:
         logprobs=int(rng.integers(0, 6)) if rng.random() < 0.4 else None,
         prompt_logprobs=int(rng.integers(0, 6)) if rng.random() < 0.2 else None,
         traces_drafts=bool(rng.random() < 0.4),
+        priority=int(rng.choice([0, 0, -3, 4])),
     )
 
 
@@ -208,9 +215,9 @@ def check_mix(lab: Lab, seed: int) -> Counter[str]:
         requests.append(shared)
     mix = run_mix(engine, requests, rng)
     for request in requests:
-        expected, logprobs = lab.oracle.decode_with_logprobs(request)
-        check_reports(lab, request, mix.events[request.sequence_id], logprobs)
         got = mix.tokens(request.sequence_id)
+        expected, logprobs = lab.oracle.decode_with_logprobs(request, guess=got)
+        check_reports(lab, request, mix.events[request.sequence_id], logprobs)
         if request.sequence_id in mix.left:
             assert got == expected[: len(got)], f"mix {seed}, row {request.sequence_id}"
             continue

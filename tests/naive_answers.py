@@ -25,6 +25,7 @@ FLAGS = {
     "num_threads": "1",
     "max_n": "4",
     "block_size": "4",
+    "num_blocks": "2048",
     "max_num_batched_tokens": "64",
 }
 

@@ -7,7 +7,7 @@ its documented definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -110,13 +110,17 @@ def log_softmax(logits_V: np.ndarray) -> np.ndarray:
 
 
 class NaiveDecoder:
-    """transformers on the same weights in float64, one row, one token at a time, every layer."""
+    """transformers on the same weights in float64, one row, one token at a time, every layer.
+
+    Requests that differ only in how they are drafted are decoded once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._model = load_reference(folder, torch.float64)
+        self._known: dict[bytes, tuple[list[int], list[np.ndarray]]] = {}
 
-    def decode(self, request: Generate) -> list[int]:
-        return self.decode_with_logprobs(request)[0]
+    def decode(self, request: Generate, *, guess: Sequence[int] = ()) -> list[int]:
+        return self.decode_with_logprobs(request, guess=guess)[0]
 
     @torch.inference_mode()
     def prompt_logprobs(self, prompt_ids: list[int]) -> list[np.ndarray]:
@@ -124,16 +128,31 @@ class NaiveDecoder:
         logits_TV = self._model(torch.tensor([prompt_ids])).logits[0].numpy()
         return [log_softmax(logits_V) for logits_V in logits_TV[:-1]]
 
+    def decode_with_logprobs(
+        self, request: Generate, *, guess: Sequence[int] = ()
+    ) -> tuple[list[int], list[np.ndarray]]:
+        """The tokens, and beside each the model's own log-probabilities over the vocabulary.
+
+        A `guess` of the tokens only saves time: what follows its first wrong one is computed anew.
+        """
+        key = undrafted(request)
+        if key not in self._known:
+            self._known[key] = self._decode(request, list(guess))
+        tokens, logprobs = self._known[key]
+        return [*tokens], [*logprobs]
+
     @torch.inference_mode()
-    def decode_with_logprobs(self, request: Generate) -> tuple[list[int], list[np.ndarray]]:
-        """The tokens, and beside each the model's own log-probabilities over the vocabulary."""
+    def _decode(self, request: Generate, guess: list[int]) -> tuple[list[int], list[np.ndarray]]:
         known = list(request.prompt_ids)
         logprobs = []
-        fed, cache = known, None
+        fed, cache = [*known, *guess], None
+        coming: list[np.ndarray] = []
         while len(known) - len(request.prompt_ids) < request.max_new_tokens:
-            output = self._model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits_V = output.logits[0, -1].numpy()
+            if not coming:
+                output = self._model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                coming = list(output.logits[0, -1 - len(guess) :].numpy())
+            logits_V = coming.pop(0)
             logprobs.append(log_softmax(logits_V))
             if request.sampling.edits is not None:
                 logits_V = edited(logits_V, request.sampling.edits, known, request)
@@ -141,7 +160,23 @@ class NaiveDecoder:
             fed = known[-1:]
             if known[-1] in request.stop_token_ids:
                 break
+            if guess and guess.pop(0) != known[-1]:
+                fed, cache, guess, coming = known, None, [], []
         return known[len(request.prompt_ids) :], logprobs
+
+
+def undrafted(request: Generate) -> bytes:
+    """All of a request that its text depends on."""
+    return msgspec.json.encode(
+        Generate(
+            sequence_id=0,
+            prompt_ids=request.prompt_ids,
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            seed=request.seed,
+            stop_token_ids=request.stop_token_ids,
+        )
+    )
 
 
 class CachedDecoder:
@@ -152,20 +187,9 @@ class CachedDecoder:
     def __init__(self, oracle: NaiveDecoder, *, max_new_tokens: int) -> None:
         self._oracle = oracle
         self._max_new_tokens = max_new_tokens
-        self._known: dict[bytes, list[int]] = {}
 
     def decode(self, request: Generate) -> list[int]:
         """The tokens of a request for no more than `max_new_tokens`."""
         assert request.max_new_tokens <= self._max_new_tokens
-        longest = Generate(
-            sequence_id=0,
-            prompt_ids=request.prompt_ids,
-            max_new_tokens=self._max_new_tokens,
-            sampling=request.sampling,
-            seed=request.seed,
-            stop_token_ids=request.stop_token_ids,
-        )
-        key = msgspec.json.encode(longest)
-        if key not in self._known:
-            self._known[key] = self._oracle.decode(longest)
-        return self._known[key][: request.max_new_tokens]
+        longest = msgspec.structs.replace(request, max_new_tokens=self._max_new_tokens)
+        return self._oracle.decode(longest)[: request.max_new_tokens]

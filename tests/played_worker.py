@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from config.settings import EngineSettings
 from decoding.messages import (
@@ -31,12 +32,16 @@ class RecordedProcess:
 
     def __init__(self) -> None:
         self.sent: list[Command] = []
+        self.has_been_ended = False
 
     def start(self, callbacks: WorkerCallbacks) -> None:
         self.callbacks = callbacks
 
     def send(self, command: Command) -> None:
         self.sent.append(command)
+
+    def end_hung(self) -> None:
+        self.has_been_ended = True
 
     @property
     def given(self) -> list[Generate]:
@@ -91,7 +96,12 @@ class Played:
     """A client whose worker is the test."""
 
     def __init__(
-        self, *, max_queued: int = 0, max_num_seqs: int = 4, deadlines: Deadlines | None = None
+        self,
+        *,
+        max_queued: int = 0,
+        max_num_seqs: int = 4,
+        deadlines: Deadlines | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.workers: list[RecordedProcess] = []
         self.notes = Notes()
@@ -101,7 +111,7 @@ class Played:
             deadlines=deadlines or Deadlines(),
             observer=self.notes,
             listener=self.notes,
-            clock=lambda: 0.0,
+            clock=clock,
         )
         self.client.start()
         self.settings = EngineSettings(max_num_seqs=max_num_seqs)

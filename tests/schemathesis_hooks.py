@@ -10,7 +10,7 @@ import schemathesis
 MODEL = "python-8m"
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 # Beside the document, which holds for every checkpoint and operator, these flags bound a request.
-FLAGS = {"max_model_len": 48, "max_n": 2, "max_prompts": 4, "max_sequences_per_request": 4}
+FLAGS = {"max_model_len": 48, "num_blocks": 512, "max_n": 2, "max_prompts": 4, "max_sequences_per_request": 4}
 _BOUNDS = {
     "exit_layer": 15,
     "draft_length": 16,

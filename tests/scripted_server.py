@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 from config.errors import StartupError
-from config.settings import Settings
-from server.cli import run
 from tests.scripted_engine import load
 
 
 def main() -> int:
+    # Here, because the worker's process imports this module too.
+    from config.settings import Settings
+    from server.cli import run
+
     words = sys.argv[1:]
     flags = {
         flag.removeprefix("--").replace("-", "_"): value

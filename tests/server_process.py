@@ -112,7 +112,12 @@ class Server:
         return total
 
     def wait_ready(self, timeout_s: float = 120) -> None:
-        wait_until(lambda: self.process.poll() is not None or self.health() == 200, timeout_s=timeout_s)
+        # Asked more often, a server that is loading would mostly answer.
+        wait_until(
+            lambda: self.process.poll() is not None or self.health() == 200,
+            timeout_s=timeout_s,
+            every_s=0.05,
+        )
         assert self.process.poll() is None, self.stderr
 
     def health(self) -> int:
@@ -194,12 +199,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20, every_s: float = 0.01) -> None:
     """Poll until `condition` holds; an AssertionError after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not so within {timeout_s} s"
-        time.sleep(0.01)
+        time.sleep(every_s)
 
 
 def is_alive(pid: int) -> bool:

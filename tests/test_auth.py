@@ -80,6 +80,13 @@ def test_every_route_but_health_needs_a_key(guarded):
             assert ask(guarded, method, path, {"Content-Length": "0"})[0] == 200, path
 
 
+@pytest.mark.parametrize("path", ["/health", "/health/ready", "/ping"])
+def test_only_who_bears_a_key_learns_from_health_what_is_served(guarded, path):
+    assert guarded.get(path).json == {"status": "ready"}
+    assert guarded.get(path, {"Authorization": "Bearer wrong"}).json == {"status": "ready"}
+    assert list(guarded.get(path, BEARING).json["models"]) == ["python-8m"]
+
+
 def test_refusal_is_openais_error_and_is_counted(guarded):
     before = metric(guarded, "unauthorized")
     answer = guarded.post({"prompt": "a"}, headers={"Authorization": "Bearer sk-wrong"})

@@ -173,7 +173,7 @@ def test_client_that_reads_nothing_is_dropped_and_its_blocks_are_freed(tmp_path)
 
 
 def test_request_without_a_place_in_time_is_a_503_and_never_decoded(tmp_path):
-    flags = ("--num-threads", "1", "--max-num-seqs", "1", "--queue-timeout-s", "0.2")
+    flags = ("--num-threads", "1", "--num-blocks", "512", "--max-num-seqs", "1", "--queue-timeout-s", "0.2")
     with running(REAL, tmp_path, *flags) as server:
         server.wait_ready()
         max_tokens = server.get("/v1/models").json["data"][0]["max_model_len"] - 8

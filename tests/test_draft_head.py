@@ -46,7 +46,7 @@ def few_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def test_random_mixes_equal_naive_decoding_though_drafts_are_among_few(few_lab: Lab) -> None:
-    check_mixes(few_lab, range(500, 505))
+    check_mixes(few_lab, range(500, 508))
 
 
 @pytest.mark.parametrize("tied", [False, True])

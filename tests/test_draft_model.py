@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from decoding.capacity import plan_capacity
 from decoding.draft_checkpoint import Checkpoints
 from decoding.engine import Engine
 from decoding.messages import Decoded, Drafter, Generate, LogitEdits, SamplingParams
-from tests.mixes import MAX_LEN, NUM_LAYERS, VOCAB, Lab, check_mixes, one_request
+from tests.mixes import NUM_LAYERS, VOCAB, Lab, check_mixes, load_engines, one_request
 from tests.oracle import NaiveDecoder
 from tests.tiny import make_checkpoint, write_tokenizer
 
@@ -44,23 +45,7 @@ class DraftLab(Lab):
 
 def make_draft_lab(folder: Path, draft_folder: Path) -> DraftLab:
     make_checkpoint(folder, num_layers=NUM_LAYERS, vocab=VOCAB, dtype=torch.float64)
-    engines = {
-        size: Engine.load(
-            EngineSettings(
-                model=str(folder),
-                draft_model=str(draft_folder),
-                dtype="float64",
-                device="cpu",
-                num_threads=1,
-                block_size=size,
-                num_blocks=2048 // size,
-                max_model_len=MAX_LEN,
-                exit_layer=2,
-                draft_length=2,
-            )
-        )
-        for size in (4, 16)
-    }
+    engines = load_engines(folder, draft_model=str(draft_folder), exit_layer=2, draft_length=2)
     return DraftLab(engines, NaiveDecoder(folder))
 
 
@@ -134,8 +119,8 @@ def test_a_model_that_drafts_for_itself_has_every_draft_kept(
     for request in reversed(follow_ups):
         events |= engine.generate([request])
     for request in [*requests, *follow_ups]:
-        expected = self_lab.oracle.decode(request)
-        assert [t for event in events[request.sequence_id] for t in event.token_ids] == expected
+        got = [t for event in events[request.sequence_id] for t in event.token_ids]
+        assert got == self_lab.oracle.decode(request, guess=got)
     fates = {drafter: np.zeros(2, dtype=int) for drafter in Drafter}
     for event in (event for own in events.values() for event in own):
         fates[event.drafter] += event.drafted, event.kept
@@ -167,7 +152,8 @@ def test_a_last_draft_that_was_never_fed_is_not_taken_for_computed(
         answer = [t for event in engine.generate([first])[row] for t in event.token_ids]
         later = follow_up(first, answer, sequence_id=100 + row)
         events = engine.generate([later])[100 + row]
-        assert [t for event in events for t in event.token_ids] == self_lab.oracle.decode(later)
+        got = [t for event in events for t in event.token_ids]
+        assert got == self_lab.oracle.decode(later, guess=got)
         everything += events
     assert sum(event.num_cached_tokens or 0 for event in everything) > 24
     assert sum(event.drafted for event in everything) > 100
@@ -203,6 +189,25 @@ def test_draft_models_of_other_vocabularies_are_refused_in_one_line(tmp_path: Pa
         assert str(caught.value).startswith(f"draft_model {folder}: its ")
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_draft_model_drafts_within_its_own_context_and_no_further(tmp_path: Path) -> None:
+    full, draft = make_checkpoint(tmp_path / "full"), make_checkpoint(tmp_path / "draft")
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 24}))
+    engine = Engine.load(
+        EngineSettings(model=str(full), draft_model=str(draft), dtype="float64", device="cpu", num_threads=1)
+    )
+    asked = one_request(drafter=Drafter.MODEL, max_new_tokens=40, draft_length=5)
+    events = engine.generate([asked])[0]
+    num_known, drafted = len(asked.prompt_ids), []
+    for event in events:
+        drafted.append((num_known, event.drafted))
+        num_known += len(event.token_ids)
+    # The first step computes the prompt; the last draft of each step is never fed.
+    assert all(count == min(5, max(0, 24 - known + 1)) for known, count in drafted[1:])
+    assert {0, 1, 5} == {count for _, count in drafted[1:]}
+    assert [i for event in events for i in event.token_ids] == NaiveDecoder(full).decode(asked)
 
 
 def test_the_cache_of_a_draft_model_takes_its_part_of_the_memory(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from config.settings import BUNDLED_CHECKPOINT
+from msgspec.structs import replace
+
+from config.settings import BUNDLED_CHECKPOINT, EngineSettings
+from server.banner import Site, banner
+from tests.scripted_engine import scripted_ready
 from tests.server_process import REAL, Server, running
 
 
@@ -28,6 +32,15 @@ def test_a_draft_model_s_drafts_are_asked_for_and_counted(server: Server, tmp_pa
         kept = pair.metric("layerskip_drafter_kept_tokens_total", drafter="model")
         assert drafted - 6 <= kept <= drafted
         assert pair.metric("vllm:spec_decode_num_draft_tokens_total") == drafted
+
+
+def test_the_banner_names_a_draft_model() -> None:
+    alone = scripted_ready(EngineSettings(), "{}")
+    site = Site("http://here")
+    assert "draft model" not in banner(alone, site, model_name="m")
+    assert "\n  draft model  a/b; for requests" in banner(
+        replace(alone, draft_model="a/b"), site, model_name="m"
+    )
 
 
 def test_without_a_draft_model_its_drafts_are_refused_by_name(server: Server) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
 
-from config.settings import EngineSettings
-from decoding.engine import Engine
 from decoding.messages import Decoded, Drafter, FinishReason, LogitEdits, SamplingParams
 from tests.choosers import RestlessController
-from tests.mixes import NUM_LAYERS, VOCAB, Lab, check_mixes, one_request
+from tests.mixes import NUM_LAYERS, VOCAB, Lab, check_mixes, make_lab, one_request
+from tests.oracle import NaiveDecoder
 from tests.tiny import make_checkpoint
 
 
@@ -23,8 +24,32 @@ def test_random_mixes_equal_naive_decoding(lab: Lab) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_sixty_random_mixes_equal_naive_decoding(lab: Lab) -> None:
+    check_mixes(lab, range(1000, 1060))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
 def test_three_hundred_random_mixes_equal_naive_decoding(lab: Lab) -> None:
-    check_mixes(lab, range(1000, 1300))
+    check_mixes(lab, range(1100, 1400))
+
+
+@pytest.mark.parametrize("num_wrong_from", [0, 1, 7, 23, 24, 30])
+def test_no_guess_changes_what_the_oracle_says(tmp_path: Path, num_wrong_from: int) -> None:
+    """A guess that is right up to some token, and goes on beyond the last."""
+    make_checkpoint(tmp_path, num_layers=NUM_LAYERS, vocab=VOCAB, dtype=torch.float64)
+    edits = LogitEdits(frequency_penalty=0.7, min_tokens=3)
+    request = one_request(sampling=SamplingParams(temperature=0.9, edits=edits))
+    tokens, logprobs = NaiveDecoder(tmp_path).decode_with_logprobs(request)
+    assert len(tokens) == 24
+    beyond = [*tokens, 1, 2, 3, 4, 5, 6]
+    guess = [
+        *beyond[:num_wrong_from],
+        *((token_id + 1) % VOCAB for token_id in beyond[num_wrong_from:]),
+    ]
+    guessed, at_once = NaiveDecoder(tmp_path).decode_with_logprobs(request, guess=guess)
+    assert guessed == tokens
+    np.testing.assert_allclose(at_once, logprobs, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("exit_layer", range(1, NUM_LAYERS))
@@ -63,6 +88,11 @@ def test_a_cached_prompt_still_computes_its_last_token(lab: Lab) -> None:
     assert [t for event in events for t in event.token_ids] == lab.oracle.decode(request)
 
 
+@pytest.fixture(scope="module")
+def transparent(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return make_lab(tmp_path_factory.mktemp("transparent"), transparent_from=2)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.2])
 @pytest.mark.parametrize(
     "filters",
@@ -70,19 +100,10 @@ def test_a_cached_prompt_still_computes_its_last_token(lab: Lab) -> None:
     ids=["plain", "top_k", "top_p", "min_p", "frequency_penalty"],
 )
 def test_drafts_of_a_model_whose_later_layers_add_nothing_are_all_kept(
-    tmp_path_factory: pytest.TempPathFactory, temperature: float, filters: dict[str, Any]
+    transparent: Lab, temperature: float, filters: dict[str, Any]
 ) -> None:
     """Draft and full model then have the same logits, so the same noise and processors must choose alike."""
-    folder = make_checkpoint(
-        tmp_path_factory.mktemp("transparent"),
-        num_layers=4,
-        vocab=VOCAB,
-        dtype=torch.float64,
-        transparent_from=2,
-    )
-    engine = Engine.load(
-        EngineSettings(model=str(folder), dtype="float64", device="cpu", num_threads=1, max_model_len=64)
-    )
+    engine = transparent.fresh_engine(block_size=16, num_blocks=128, max_num_seqs=4, budget=512)
     sampling = SamplingParams(temperature=temperature, **filters)
     other = SamplingParams(temperature=1.0, top_k=2)
     rows = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from config.settings import BUNDLED_CHECKPOINT, EngineSettings, ServerSettings
+from config.server_settings import ServerSettings
+from config.setting_types import SchedulingPolicy
+from config.settings import BUNDLED_CHECKPOINT, EngineSettings
 from decoding.messages import LogitEdits, SamplingParams, TextAssets
 from server.codec import Codec
 from server.edits import resolve_edits
@@ -14,6 +16,7 @@ from server.limits import (
     TokenBudget,
     check_counts,
     resolve_max_tokens,
+    resolve_priority,
     resolve_sampling,
     resolve_speculation,
     resolve_truncation,
@@ -61,6 +64,17 @@ def test_too_much_is_refused_by_name(body, param):
 )
 def test_the_limits_themselves_are_allowed(body):
     check_counts(parse(**body), SETTINGS)
+
+
+def test_priorities_are_looked_at_only_where_the_operator_wants_them():
+    ordered = ServerSettings(scheduling_policy=SchedulingPolicy.PRIORITY)
+    asked = [parse(), parse(priority=None), parse(priority=0), parse(priority=-3), parse(priority=7)]
+    assert [resolve_priority(request, ordered) for request in asked] == [0, 0, 0, -3, 7]
+    assert [resolve_priority(request, SETTINGS) for request in asked[:3]] == [0, 0, 0]
+    for request in asked[3:]:
+        with pytest.raises(InvalidRequest, match="--scheduling-policy priority") as caught:
+            resolve_priority(request, SETTINGS)
+        assert caught.value.param == "priority"
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,6 @@ def test_auto_is_the_servers_choice():
         ("grammar", "root ::= x"),
         ("use_beam_search", True),
         ("length_penalty", 0.5),
-        ("priority", 1),
         ("prompt_embeds", "x"),
         ("spaces_between_special_tokens", False),
         ("truncation_side", "right"),

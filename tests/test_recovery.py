@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -283,17 +284,26 @@ def test_stopping_starts_no_other_worker() -> None:
     play(scene)
 
 
-def test_who_waits_for_its_turn_has_no_place_in_the_batch() -> None:
+def test_the_time_in_which_suspects_run_alone_is_not_waited_for_a_place() -> None:
     async def scene(played: Played) -> None:
-        one, two, three = (played.submit(sequence_id) for sequence_id in (1, 2, 3))
-        played.step(said(3, 5), num_running=3)
+        suspects = [played.submit(1), played.submit(2)]
+        played.step(num_running=2)
         played.die()
         await played.restarted()
-        played.step(num_running=1)
-        await asyncio.sleep(0.5)
-        assert await error_of(one) is None
-        assert isinstance(await error_of(two), QueueTimeout)
-        # Something had come of this one: it may take its time.
-        assert await error_of(three) is None
+        newcomers = [played.submit(sequence_id) for sequence_id in (3, 4, 5)]
+        for suspect in (1, 2):
+            await asyncio.sleep(0.3)
+            assert given_ids(played)[-1] == suspect
+            played.step(said(suspect, 5, finish=LENGTH))
+        # Now all are in line again: two have places, the last waits as long as anyone may.
+        played.step(num_running=2)
+        await asyncio.sleep(0.1)
+        assert [await error_of(stream) for stream in (*suspects, *newcomers)] == [None] * 5
+        await asyncio.sleep(0.3)
+        assert [await error_of(stream) for stream in newcomers[:2]] == [None] * 2
+        assert isinstance(await error_of(newcomers[2]), QueueTimeout)
 
-    play(scene, lambda: Played(deadlines=Deadlines(queue_s=0.4)))
+    play(
+        scene,
+        lambda: Played(max_num_seqs=2, max_queued=9, deadlines=Deadlines(queue_s=0.2), clock=time.monotonic),
+    )

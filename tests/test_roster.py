@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
 
-from decoding.messages import Decoded, Drafter, FinishReason, Generate, Load, SamplingParams
+from decoding.messages import Decoded, Drafter, FinishReason, Generate, Load, SamplingParams, StepReport
 from server.roster import Roster
 from server.token_stream import TokenStream
 
@@ -16,37 +17,55 @@ LENGTH = 8
 
 
 class DeadError(Exception):
-    """The worker is no more."""
+    """The worker is no more, because of this sequence."""
+
+    def __init__(self, sequence_id: int) -> None:
+        self.sequence_id = sequence_id
 
 
 @dataclass
 class Worker:
-    """First come, first served; `fatal` says at how many tokens a sequence kills, −1 when it is taken."""
+    """Lowest priority first; `fatal` says at how many tokens a sequence kills, −1 when it is taken.
+
+    Who runs stays, but now and then the last has to wait again. Of priorities it tells once it has seen one.
+    """
 
     fatal: dict[int, int]
+    rng: random.Random
+    knows_priorities: bool = False
     waiting: list[Generate] = field(default_factory=list)
-    running: dict[int, int] = field(default_factory=dict)
+    running: dict[int, Generate] = field(default_factory=dict)
+    said: Counter[int] = field(default_factory=Counter)
     num_taken: int = 0
 
     def take(self, request: Generate) -> None:
         if self.fatal.get(request.sequence_id) == -1:
-            raise DeadError
+            raise DeadError(request.sequence_id)
         self.waiting.append(request)
         self.num_taken += 1
+        self.knows_priorities |= request.priority != 0
 
     def abort(self, sequence_id: int) -> None:
         self.running.pop(sequence_id, None)
         self.waiting = [request for request in self.waiting if request.sequence_id != sequence_id]
 
     def step(self) -> list[Decoded]:
-        while self.waiting and len(self.running) < MAX_NUM_SEQS:
+        preempts = len(self.running) > 1 and self.rng.random() < 0.1
+        if preempts:
+            self.preempt()
+        # Sorting is stable, and a preempted one stands before those that came after it.
+        self.waiting.sort(key=lambda request: request.priority)
+        while self.waiting and len(self.running) < MAX_NUM_SEQS and not preempts:
             request = self.waiting.pop(0)
-            self.running[request.sequence_id] = len(request.resumed_ids)
-        if any(self.fatal.get(sequence_id) == count for sequence_id, count in self.running.items()):
-            raise DeadError
+            self.running[request.sequence_id] = request
+            self.said[request.sequence_id] = max(self.said[request.sequence_id], len(request.resumed_ids))
+        for sequence_id in self.running:
+            if self.fatal.get(sequence_id) == self.said[sequence_id]:
+                raise DeadError(sequence_id)
         events = []
-        for sequence_id, count in list(self.running.items()):
-            self.running[sequence_id] += 1
+        for sequence_id in list(self.running):
+            count = self.said[sequence_id]
+            self.said[sequence_id] += 1
             ends = count + 1 == LENGTH
             reason = FinishReason.LENGTH if ends else None
             events.append(Decoded(sequence_id, [count], 0, 0, 1, Drafter.NONE, reason))
@@ -54,8 +73,15 @@ class Worker:
                 del self.running[sequence_id]
         return events
 
-    def load(self) -> Load:
-        return Load(num_running=len(self.running), num_waiting=len(self.waiting))
+    def preempt(self) -> None:
+        last = max(self.running.values(), key=lambda request: (request.priority, request.sequence_id))
+        del self.running[last.sequence_id]
+        self.waiting.insert(0, last)
+
+    def report(self, decoded: list[Decoded]) -> StepReport:
+        load = Load(num_running=len(self.running), num_waiting=len(self.waiting))
+        running_ids = list(self.running) if self.knows_priorities else None
+        return StepReport(decoded, load, num_taken=self.num_taken, running_ids=running_ids)
 
 
 class World:
@@ -63,15 +89,17 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
+        self.has_priorities = bool(seed % 2)
         self.roster = Roster()
         self.fatal: dict[int, int] = {}
-        self.worker = Worker(self.fatal)
+        self.worker = Worker(self.fatal, self.rng)
         self.commands: list[Generate | int] = []
         self.requests: dict[TokenStream, range] = {}
         self.aborted: set[TokenStream] = set()
         self.failed: dict[TokenStream, int] = {}
         self.tokens: dict[int, list[int]] = {}
         self.num_deaths = 0
+        self.kills: Counter[int] = Counter()
         self.next_id = 0
 
     def come(self) -> None:
@@ -83,7 +111,8 @@ class World:
         if self.rng.random() < 0.2:
             self.fatal[self.rng.choice(ids)] = self.rng.choice([-1, 0, 0, 1, LENGTH - 1])
         sampling = SamplingParams()
-        self.roster.add(stream, [Generate(i, [1], LENGTH, sampling, 0, []) for i in ids])
+        priority = self.rng.choice([-1, 0, 0, 3]) if self.has_priorities else 0
+        self.roster.add(stream, [Generate(i, [1], LENGTH, sampling, 0, [], priority=priority) for i in ids])
 
     def give(self) -> None:
         for request in self.roster.give():
@@ -105,19 +134,20 @@ class World:
                 else:
                     self.worker.take(command)
             decoded = self.worker.step()
-        except DeadError:
+        except DeadError as death:
+            self.kills[death.sequence_id] += 1
             self.die()
             return
         for event in decoded:
             if self.roster.note(event) is not None:
                 self.tokens[event.sequence_id] += event.token_ids
-        self.roster.heard(self.worker.load(), num_taken=self.worker.num_taken)
+        self.roster.heard(self.worker.report(decoded))
 
     def die(self) -> None:
         self.num_deaths += 1
         for stream in self.roster.crashed(max_num_seqs=MAX_NUM_SEQS):
             self.failed[stream] = self.num_deaths
-        self.worker, self.commands = Worker(self.fatal), []
+        self.worker, self.commands = Worker(self.fatal, self.rng), []
 
     def is_killer(self, stream: TokenStream) -> bool:
         return any(sequence_id in self.fatal for sequence_id in self.requests[stream])
@@ -144,6 +174,8 @@ def test_killers_fail_and_all_others_finish(aborts: bool) -> None:
         world = lived(seed, num_requests=30, aborts=aborts)
         num_failed += len(world.failed)
         num_deaths += world.num_deaths
+        # Accused at the first, alone at the second.
+        assert max(world.kills.values(), default=0) <= 2, seed
         for stream, ids in world.requests.items():
             got = [world.tokens[sequence_id] for sequence_id in ids]
             if stream in world.failed:

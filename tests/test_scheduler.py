@@ -19,9 +19,12 @@ def scheduler(*, max_num_seqs: int = 64, budget: int = 512, num_blocks: int = 40
     return Scheduler(pool, limits, chooser, device=torch.device("cpu"), clock=lambda: 0.0)
 
 
-def request(sequence_id: int, *, prompt: int = 4, new: int = 1000, draft_length: int = 0) -> Generate:
+def request(
+    sequence_id: int, *, prompt: int = 4, new: int = 1000, draft_length: int = 0, priority: int = 0
+) -> Generate:
     prompt_ids = [1000 * sequence_id + i for i in range(prompt)]
-    return Generate(sequence_id, prompt_ids, new, SamplingParams(temperature=0.0), 0, [], 1, draft_length)
+    greedy = SamplingParams(temperature=0.0)
+    return Generate(sequence_id, prompt_ids, new, greedy, 0, [], 1, draft_length, priority=priority)
 
 
 def refused(plan: Plan) -> Result:
@@ -108,6 +111,54 @@ def test_shortage_takes_the_youngest_row_and_loses_nobody() -> None:
     assert endings == dict.fromkeys(range(3), FinishReason.LENGTH)
     assert under_test.load().num_preemptions_total > 0
     assert under_test.load().num_free_blocks == 8
+
+
+def ended_in_order(under_test: Scheduler) -> list[int]:
+    ended = []
+    while under_test.has_work:
+        plan = under_test.plan()
+        assert plan is not None
+        events = under_test.commit(refused(plan))
+        ended += [event.sequence_id for event in events if event.finish_reason is not None]
+        under_test.check_integrity()
+    return ended
+
+
+def test_the_lowest_priority_is_next_and_then_the_oldest() -> None:
+    under_test = scheduler(max_num_seqs=1)
+    for sequence_id, priority in enumerate((5, 0, 5, -1, 0, -1)):
+        under_test.submit(request(sequence_id, new=2, priority=priority))
+    step(under_test)
+    # Who runs is not put out, even by one that would have been before it.
+    under_test.submit(request(9, new=2, priority=-7))
+    assert ended_in_order(under_test) == [3, 9, 5, 1, 4, 0, 2]
+
+
+def test_shortage_takes_the_youngest_of_those_that_matter_least() -> None:
+    under_test = scheduler(num_blocks=8, max_num_seqs=4)
+    for sequence_id, priority in enumerate((3, 0, 3, 1)):
+        under_test.submit(request(sequence_id, prompt=30, new=60, priority=priority))
+        step(under_test)
+    put_out, running = [], {0, 1, 2}
+    while len(put_out) < 3:
+        still_running = set(step(under_test).sequence_ids)
+        put_out += running - still_running
+        running = still_running
+    assert put_out == [2, 0, 3]
+    assert under_test.load().num_preemptions_total == 3
+    assert ended_in_order(under_test)[0] == 1
+
+
+def test_who_runs_is_told_once_there_are_priorities() -> None:
+    under_test = scheduler(max_num_seqs=2)
+    for sequence_id in range(3):
+        under_test.submit(request(sequence_id))
+    step(under_test)
+    assert under_test.running_ids is None
+    under_test.submit(request(7, priority=-1))
+    under_test.abort([0])
+    step(under_test)
+    assert under_test.running_ids == [1, 7]
 
 
 def test_choices_of_one_prompt_wait_for_the_first_and_share_its_blocks() -> None:

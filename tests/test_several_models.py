@@ -18,7 +18,7 @@ from decoding.capacity import DeviceMemory
 from tests.server_process import REAL, SCRIPTED, Server, running, text_of, wait_until
 from tests.tiny import make_checkpoint
 
-EXACT = ("--dtype", "float64", "--num-threads", "1")
+EXACT = ("--dtype", "float64", "--num-threads", "1", "--num-blocks", "512")
 # Half of them draft, each in its own way; the ids are in both vocabularies.
 REQUESTS = [
     {

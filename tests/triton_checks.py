@@ -203,7 +203,7 @@ def test_tokens_of_a_row_may_be_skipped() -> None:
 
 
 def test_parts_of_long_contexts_are_wider() -> None:
-    Rows.random(SHAPES["multi-head"], [2047, 2100, 5], [2, 1, 1], block_size=64).check()
+    Rows.random(SHAPES["four share"], [2047, 2100, 5], [2, 1, 1], block_size=64).check()
 
 
 def test_bits_of_a_query_do_not_depend_on_what_stands_beside_it() -> None:

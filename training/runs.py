@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from decoding.engine import pick_device
+from decoding.devices import pick_device
 from training.corpus import END_OF_TEXT, Corpus, Windows, encode, read_corpus, train_tokenizer
 from training.evaluation import evaluate
 from training.recipe import Architecture, Data, Recipe, RecipeError

@@ -23,10 +23,12 @@ def heal(
 
     Killed at any time, it goes on when run again. Writes agreement with the last layer before and after.
     """
-    from training.healing import heal as run
     from training.recipe import Recipe
+
+    # A recipe that cannot be followed is refused before torch is imported, which takes seconds.
+    chosen = Recipe.find(recipe, num_steps=steps)
+    from training.healing import heal as run
     from training.runs import RunOptions, usual_folder
 
-    chosen = Recipe.find(recipe, num_steps=steps)
     options = RunOptions(out or usual_folder(chosen), device, threads, until, save_every)
     typer.echo(run(chosen, model, options))

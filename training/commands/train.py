@@ -18,9 +18,11 @@ def train(
 ) -> None:
     """Train a checkpoint with layer dropout and early-exit loss. Killed at any time, it goes on when run again."""
     from training.recipe import Recipe
+
+    # A recipe that cannot be followed is refused before torch is imported, which takes seconds.
+    chosen = Recipe.find(recipe, num_steps=steps)
     from training.runs import RunOptions, usual_folder
     from training.runs import train as run
 
-    chosen = Recipe.find(recipe, num_steps=steps)
     options = RunOptions(out or usual_folder(chosen), device, threads, until, save_every)
     typer.echo(run(chosen, options))

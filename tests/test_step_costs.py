@@ -1,0 +1,73 @@
+"""What steps cost is what was measured, and follows the machine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from decoding.step_costs import ROWS, WIDTHS, StepCosts, StepTime
+from tests.machines import NUM_LAYERS, Seconds, costs, dear_steps, flat, linear, verify_s
+
+
+def test_costs_follow_a_machine_that_slows_down() -> None:
+    step_costs = costs(flat)
+    before = step_costs.plain_s(1)
+    for _ in range(200):
+        draft_s = 3 * (0.5 + 4 * 1.002) * 2
+        step_costs.observe(4, [2], draft_s=draft_s, verify_s=3 * verify_s(flat, 4, 1, 3))
+    # Steps of three tokens took three times as long from the first on: that was their own cost, wrongly measured.
+    assert step_costs.plain_s(1) < 1.2 * before
+    for _ in range(200):
+        step_costs.observe(4, [2], draft_s=2 * draft_s, verify_s=6 * verify_s(flat, 4, 1, 3))
+    # Now what was well known takes twice as long: so does the machine, plain steps included.
+    assert step_costs.plain_s(1) > 1.3 * before
+    assert float(step_costs.verify_s(4, 1, np.array(3))) == pytest.approx(
+        6 * verify_s(flat, 4, 1, 3), rel=0.1
+    )
+
+
+def test_one_step_that_was_held_up_changes_little() -> None:
+    step_costs = costs(flat)
+    before = step_costs.plain_s(1)
+    step_costs.observe(1, [0], draft_s=0.0, verify_s=1000 * before)
+    assert step_costs.plain_s(1) < 1.2 * before
+
+
+def test_steps_wider_than_any_that_is_kept_change_no_cost_of_verifying() -> None:
+    step_costs = costs(linear)
+    before = float(step_costs.verify_s(4, 1, np.array(WIDTHS[-1])))
+    for _ in range(50):
+        step_costs.observe(4, [64], draft_s=64 * 4.7, verify_s=verify_s(linear, 4, 1, 65))
+    assert float(step_costs.verify_s(4, 1, np.array(WIDTHS[-1]))) == before
+
+
+@pytest.mark.parametrize("seconds", [flat, linear, dear_steps])
+def test_fitted_costs_agree_with_what_was_measured(seconds: Seconds) -> None:
+    measured = [
+        StepTime(
+            num_rows,
+            layer,
+            length,
+            length * (seconds(layer, num_rows, num_rows) + 0.5),
+            verify_s(seconds, layer, num_rows, 1 + length),
+        )
+        for num_rows in ROWS[:6]
+        for layer, length in [(4, 0), (4, 1), (4, 2), (4, 4)]
+    ]
+    fitted = StepCosts.fit(measured, num_layers=NUM_LAYERS)
+    for step in measured:
+        got = fitted.verify_s(
+            step.exit_layer, step.num_rows, np.array(step.num_rows * (1 + step.draft_length))
+        )
+        assert float(got) == pytest.approx(step.verify_s, rel=0.15)
+        if step.draft_length == 1:
+            one = fitted.draft_s(step.exit_layer, np.array([step.num_rows]))[0]
+            assert one == pytest.approx(step.draft_s, rel=1e-6)
+    assert fitted.plain_s(256) > fitted.plain_s(32)
+
+
+def test_one_measured_row_is_enough_to_begin_with() -> None:
+    fitted = StepCosts.fit([StepTime(1, 3, 0, 0.0, 2.0), StepTime(1, 3, 1, 0.5, 2.2)], num_layers=NUM_LAYERS)
+    assert fitted.plain_s(1) == pytest.approx(2.0)
+    assert fitted.plain_s(8) == pytest.approx(4 * 2.2)
+    assert float(fitted.verify_s(3, 1, np.array(2))) == pytest.approx(2.2)
