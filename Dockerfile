@@ -36,7 +36,7 @@ LABEL org.opencontainers.image.title="layerskip-server" \
       org.opencontainers.image.revision="${REVISION}"
 # Triton compiles a small C launcher for each kernel, when the kernel first runs.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && apt-get install -y --no-install-recommends gcc g++ libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 # The launcher includes Python's C headers: without them kernels would be given up at every start, and silently.
 RUN test -f "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
@@ -51,6 +51,7 @@ ENV PATH=/opt/layerskip/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HF_HOME=/cache/huggingface \
     TRITON_CACHE_DIR=/cache/triton \
+    XDG_CACHE_HOME=/cache \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     LAYERSKIP_HOST=0.0.0.0 \
