@@ -201,7 +201,8 @@ class CompiledDecoder(LlamaDecoder):
 
     def choose(self, logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor:
         """The token that stands at each position by the choice rule, int64 [N]."""
-        if sampling.any_top_k:
+        # Columns of a batch without samples are not spread over its choices.
+        if sampling.any_top_k or not sampling.any_sampled:
             return super().choose(logits_NV, sampling, positions_N)
         chosen_N = torch.empty(len(logits_NV), dtype=torch.int64)
         assert logits_NV.dtype == torch.float32

@@ -111,7 +111,8 @@ def test_a_token_is_the_same_to_the_bit_whatever_is_beside_it(tmp_path: Path) ->
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_texts_of_mixed_batches_are_those_of_plain_decoding(dtype: str) -> None:
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 0.8)])
+def test_texts_of_mixed_batches_are_those_of_plain_decoding(dtype: str, temperatures: tuple[float]) -> None:
     """The bundled checkpoint; compiled sums have one order, so that even bfloat16 leaves no choice to chance."""
     loaded = engine(BUNDLED_CHECKPOINT, compile_layers=True, dtype=dtype)
     rng = random.Random(8)
@@ -120,7 +121,7 @@ def test_texts_of_mixed_batches_are_those_of_plain_decoding(dtype: str) -> None:
             sequence_id=number,
             prompt_ids=[rng.randrange(5, 4000) for _ in range(rng.randrange(1, 20))],
             max_new_tokens=24,
-            sampling=SamplingParams(temperature=rng.choice([0.0, 0.8]), top_p=0.9),
+            sampling=SamplingParams(temperature=rng.choice(temperatures), top_p=0.9),
             seed=number,
             stop_token_ids=[],
             exit_layer=rng.choice([None, 3, 6]),
@@ -176,6 +177,19 @@ def test_the_choice_is_that_of_the_published_rule(has_ties: bool) -> None:
         assert torch.equal(chosen_N, choose(logits_NV, sampling, positions_N))
         seen |= set(chosen_N.tolist())
     assert len(seen) > 100
+
+
+@needs_compiler
+def test_more_choices_than_rows_of_a_greedy_batch_are_all_greedy() -> None:
+    """Nothing of such a batch's columns is read: they say the same of all, and there may be fewer than choices."""
+    model = engine(BUNDLED_CHECKPOINT, compile_layers=True).runtime.model
+    sampling = Sampling.of([SamplingParams(temperature=0.0)], [3], torch.device("cpu"))
+    for _ in range(20):
+        logits_NV = torch.randn(64, 100)
+        chosen_N = model.choose(
+            logits_NV, sampling.take(torch.zeros(64, dtype=torch.int64)), torch.arange(64)
+        )
+        assert torch.equal(chosen_N, logits_NV.argmax(-1))
 
 
 @needs_compiler
