@@ -4,9 +4,11 @@ At each concurrency a short scan finds the best static exit layer and draft leng
 plain decoding and that static setting run the same prompts in turns, the order changing from round to round; each
 keeps so many requests under way, and where one ends the next begins. "auto" and plain decoding share one engine
 with its controller for the whole program, as the requests of a server do; what is static runs in a second engine,
-so that the controller learns nothing from it. Tokens over time are counted, prompts included, until no request is
-left to begin: a batch that runs dry says more of who ends unevenly than of a server that has more to do. Ratios
-are medians over rounds, with what they exceed with 95 % confidence. Every text is held against plain decoding's.
+so that the controller learns nothing from it; instead "auto" runs the scan's prompts as often as settings were
+tried on them: neither is chosen in the first minute. Tokens over time are counted, prompts included, until no
+request is left to begin: a batch that runs dry says more of who ends unevenly than of a server that has more to
+do. Ratios are medians over rounds, with what they exceed with 95 % confidence. Every text is held against plain
+decoding's.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from decoding.engine import Engine
 
 _DEPTHS: Final = (1 / 8, 3 / 16, 1 / 4, 3 / 8)
 _FINALISTS: Final = 3
+_SCAN_ROUNDS: Final = 3
 _PEER_EVERY: Final = 5
 _WARM_UP_TOKENS: Final = 8
 _BLOCK: Final = 512
@@ -72,7 +75,8 @@ class Bench:
     @property
     def scan_passes(self) -> int:
         """Runs of one scan."""
-        return 1 + len(self.grid) + 2 * (1 + min(_FINALISTS, len(self.grid)))
+        again = _SCAN_ROUNDS - 1
+        return 1 + len(self.grid) + again * (1 + min(_FINALISTS, len(self.grid)))
 
     def contest(self, concurrency: int, sampled: Sampled, bar: tqdm) -> Contest:
         """Scan, then all rounds."""
@@ -80,6 +84,7 @@ class Bench:
         for driver, drafting in ((self.shared, AUTO), (self.shared, PLAIN), (self.static, self.grid[0])):
             driver.run(warm_up, drafting, concurrency=concurrency)
         scan = self._scan(concurrency, sampled, bar)
+        self._learn(concurrency, sampled, bar)
         best = max(scan, key=lambda each: each.speed_up).drafting
         found: dict[str, list[Pass]] = {"auto": [], "plain": [], "static": [], "peer": []}
         for number in range(self.work.rounds):
@@ -105,12 +110,19 @@ class Bench:
         promising = sorted(first, key=lambda each: -each.speed_up)[:_FINALISTS]
         again = [
             self._scanned([each.drafting for each in promising], number, concurrency, sampled, bar)
-            for number in (1, 2)
+            for number in range(1, _SCAN_ROUNDS)
         ]
         return tuple(
             Scanned(each.drafting, sum(rounds[place].speed_up for rounds in again) / len(again))
             for place, each in enumerate(promising)
         )
+
+    def _learn(self, concurrency: int, sampled: Sampled, bar: tqdm) -> None:
+        """As many runs for "auto" as the search for the best static setting took, of the same prompts."""
+        for number in range(self.scan_passes):
+            job = self.work.job(number % _SCAN_ROUNDS, concurrency, sampled, tokens=self.work.scan_tokens)
+            self.shared.run(job, AUTO, concurrency=concurrency)
+            bar.update()
 
     def _scanned(
         self, grid: Sequence[Drafting], number: int, concurrency: int, sampled: Sampled, bar: tqdm
@@ -134,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     bench = prepare(options)
     kinds = [Sampled(temperature, options.top_p) for temperature in options.temperatures]
-    total = len(kinds) * len(options.concurrency) * (bench.scan_passes + 3 * options.pairs)
+    total = len(kinds) * len(options.concurrency) * (2 * bench.scan_passes + 3 * options.pairs)
     contests = []
     with tqdm(total=total, unit="run", mininterval=1, dynamic_ncols=True) as bar:
         for sampled in kinds:
