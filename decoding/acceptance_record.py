@@ -19,7 +19,7 @@ from decoding.step_costs import Floats
 _FADING: Final = 0.998
 """What a count is worth after one more cycle of its kind: some five hundred cycles are remembered."""
 
-_COUNTED_TOGETHER: Final = 32
+_COUNTED_TOGETHER: Final = 256
 """Rows' cycles that are counted at once: counting takes time of the step."""
 
 _LONG_AGO: Final = 0.7

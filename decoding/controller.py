@@ -25,7 +25,7 @@ _LIKE_ENOUGH: Final = 0.25
 """It serves a batch whose number of rows has changed by this share at most."""
 
 _FIRST_STEPS: Final = 64
-_OBSERVED_STEPS: Final = 4
+_OBSERVED_STEPS: Final = 16
 """After the first steps, the times of one in so many are learned from: that takes time too."""
 
 _SEARCH_STEPS: Final = 64
@@ -116,6 +116,7 @@ class Controller:
         self._num_drafts = 0
         self._num_lookups = 0
         self._num_observed = 0
+        self._observes = True
         self._first_exit_layer = first_exit_layer
         self.exit_layer = first_exit_layer
         self.pays = True
@@ -163,7 +164,8 @@ class Controller:
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
         self._num_observed += 1
-        if self._num_observed > _FIRST_STEPS and self._num_observed % _OBSERVED_STEPS:
+        self._observes = self._num_observed <= _FIRST_STEPS or self._num_observed % _OBSERVED_STEPS == 0
+        if not self._observes:
             return
         self._costs.observe(
             outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
@@ -171,7 +173,8 @@ class Controller:
 
     def host_took(self, num_rows: int, host_s: float) -> None:
         """Keep the costs current."""
-        self._costs.observe_host(num_rows, host_s)
+        if self._observes:
+            self._costs.observe_host(num_rows, host_s)
 
     def _decide(self, rows: Sequence[DraftingRow], among: ExitLayers, num_others: int) -> _Standing:
         self._record.refresh()

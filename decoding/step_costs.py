@@ -7,6 +7,7 @@ Shapes: R numbers of rows, W widths (tokens of a row that one pass verifies), L 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Self
@@ -19,6 +20,8 @@ Counts = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WIDTHS: Final = (1, 2, 3, 5, 9, 17)
 """Where times are kept; between them they are interpolated."""
+
+_PLACES: Final = np.arange(len(ROWS))
 
 _LEAST_S: Final = 1e-7
 _KNOWN: Final = 10
@@ -83,11 +86,11 @@ class StepCosts:
     def draft_s(self, exit_layer: int, num_rows: Counts) -> Floats:
         """Seconds of one draft step of each of these numbers of rows; 0 for no rows."""
         step_s_R = self._head_s_R + exit_layer * self._layer_s_R
-        return np.where(num_rows > 0, np.interp(_place(num_rows), np.arange(len(ROWS)), step_s_R), 0.0)
+        return np.where(num_rows > 0, np.interp(_place(num_rows), _PLACES, step_s_R), 0.0)
 
     def verify_s(self, exit_layer: int, num_rows: int, num_tokens_M: Counts) -> Floats:
         """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at `exit_layer`."""
-        place = float(_place(np.array(num_rows)))
+        place = _place_of(num_rows)
         low = min(int(place), len(ROWS) - 2)
         table_RW = self._verify_s_RWL[..., exit_layer]
         of_rows_W: Floats = table_RW[low] + (place - low) * (table_RW[low + 1] - table_RW[low])
@@ -100,11 +103,14 @@ class StepCosts:
 
     def host_s(self, num_rows: int) -> float:
         """Seconds of a step beside drafting and verifying."""
-        return float(np.interp(_place(np.array(num_rows)), np.arange(len(ROWS)), self._host_s_R))
+        place = _place_of(num_rows)
+        low = min(int(place), len(ROWS) - 2)
+        fewer_s, more_s = float(self._host_s_R[low]), float(self._host_s_R[low + 1])
+        return fewer_s + (place - low) * (more_s - fewer_s)
 
     def observe_host(self, num_rows: int, host_s: float) -> None:
         """Learn from any step; one that was held up counts little."""
-        nearest = round(float(_place(np.array(num_rows))))
+        nearest = round(_place_of(num_rows))
         known_s = self._host_s_R[nearest]
         self._host_s_R[nearest] += _PACE * (min(host_s, _MOST_SURPRISING * known_s + _LEAST_S) - known_s)
 
@@ -126,7 +132,7 @@ class StepCosts:
             # Wider than any time that is kept: the widest would be taken to cost so much.
             return
         surprise = verify_s / float(self.verify_s(exit_layer, num_rows, num_tokens))
-        row = round(float(_place(np.array(num_rows))))
+        row = round(_place_of(num_rows))
         width = int(np.abs(np.array(WIDTHS) - num_tokens / num_rows).argmin())
         _believe(surprise, (self._verify_s_RWL,), (row, width), self._num_verified_RW)
 
@@ -146,7 +152,12 @@ def _believe(
 
 def _place(num_rows: Counts) -> Floats:
     """Where numbers of rows stand on the scale of ROWS, which doubles from one to the next."""
-    return np.clip(np.log2(np.maximum(num_rows, 1)), 0, len(ROWS) - 1)
+    return np.minimum(np.log2(np.maximum(num_rows, 1)), len(ROWS) - 1)
+
+
+def _place_of(num_rows: int) -> float:
+    """The same of one number."""
+    return min(max(math.log2(max(num_rows, 1)), 0.0), len(ROWS) - 1.0)
 
 
 def _verify_table(measured: Sequence[StepTime]) -> Floats:
