@@ -57,8 +57,8 @@ _WORTH_CHANGING: Final = 1.02
 _LEAST_LOOKED_UP: Final = 0.25
 """Looked-up drafts are thought no worse: another text may repeat itself more, and nothing else would show it."""
 
-_MARGIN: Final = 1.01
-"""Drafting must promise so much more than plain decoding: its costs are less certain."""
+_MARGIN: Final = 1.04
+"""Drafting must promise so much more than plain decoding: the best of many guesses promises too much."""
 
 _USUAL: Final = 1.0
 """The advantage of a row of which nothing is known."""
