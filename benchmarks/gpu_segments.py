@@ -23,9 +23,9 @@ from config.settings import EngineSettings
 from decoding.attention import Attention, Queries, context_classes
 from decoding.capacity import Capacity
 from decoding.checkpoint import Checkpoint, open_checkpoint
-from decoding.engine import build_decoder
 from decoding.model import LlamaDecoder, Weights
 from decoding.ragged import Ragged
+from decoding.runtime import build_decoder
 from decoding.weights import DrawnTensors, Placement, load_weights
 
 _BLOCK: Final = 16

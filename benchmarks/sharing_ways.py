@@ -21,12 +21,13 @@ from decoding.checkpoint import Checkpoint, open_checkpoint
 from decoding.choice import FixedChoice
 from decoding.cycle import Cycle
 from decoding.draft_model import DraftModel
-from decoding.engine import Engine, Runtime, build_decoder
+from decoding.engine import Engine
 from decoding.kv_cache import slot_bytes
 from decoding.messages import Drafter, Generate
 from decoding.model import LlamaDecoder, Weights
 from decoding.plan import Plan, Result
 from decoding.planning import StepLimits
+from decoding.runtime import Runtime, build_decoder
 from decoding.scheduler import Scheduler
 
 

@@ -123,10 +123,16 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
         ge=1,
         description="CPU threads of a worker; unset: all cores but one, divided among the workers.",
     )
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="GPUs that one model is spread over, each with a share of every layer."
+    )
     compile_layers: bool = Field(
         default=False,
         description="On a CPU, compile the layers' code for it at the first start, if there is a C++ compiler; "
         "it runs on one thread, about twice as fast.",
+    )
+    enforce_eager: bool = Field(
+        default=False, description="On CUDA, run every step eagerly instead of replaying CUDA graphs."
     )
     memory_fraction: float | None = Field(
         default=None,

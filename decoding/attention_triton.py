@@ -153,6 +153,12 @@ class TritonAttention:
             scratch=self._scratch(arrangement.short, int(lengths_B.max())),
         )
 
+    def standing(self, arrangement: Arrangement, contexts_BX: Tensor) -> Queries:
+        """Queries that stand where `contexts_BX` says when kernels run; contexts may be as long as any."""
+        assert isinstance(arrangement, _Tiled)
+        scratch = self._scratch(arrangement.short, len(self._turns_TF2))
+        return _Paged(tiled=arrangement, contexts_BX=contexts_BX, scratch=scratch)
+
     def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
         """Rotate queries in place, store rotated keys and values, attend: [N, H·F]."""
         assert isinstance(queries, _Paged)

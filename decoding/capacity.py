@@ -5,6 +5,7 @@ Knows bytes and devices; reads no weights.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,16 +27,26 @@ _SPARE_SHARE: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The context limit and the KV blocks of this start; made once."""
+    """The context limit and the KV blocks of this start; made once.
+
+    Recorded steps are padded by up to `num_padded` tokens of a row. Where there are such, the cache has one block
+    more behind those that are handed out: what padding says it owns.
+    """
 
     max_model_len: int
     block_size: int
     num_blocks: int
+    num_padded: int = 0
 
     @property
     def num_slots(self) -> int:
         """Positions that the cache holds."""
-        return self.num_blocks * self.block_size
+        return (self.num_blocks + (self.num_padded > 0)) * self.block_size
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that tokens may stand at, padding included."""
+        return self.max_model_len + self.num_padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +79,8 @@ def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
 
 
 def exceeds_device(num_bytes: int, device: torch.device) -> bool:
-    """Whether weights of this size leave no room on the device, as accelerate counts its memory."""
-    from accelerate.utils import get_max_memory
-
-    available = get_max_memory()
-    key = "cpu" if device.type == "cpu" else device.index or 0
-    return key in available and num_bytes > DEFAULT_MEMORY_FRACTION * float(available[key])
+    """Whether weights of this size leave no room in the memory that is free there."""
+    return num_bytes > DEFAULT_MEMORY_FRACTION * _free_bytes(device)
 
 
 def plan_capacity(
@@ -83,11 +90,15 @@ def plan_capacity(
     device: torch.device,
     *,
     activations: int = 0,
+    is_recorded: bool = False,
 ) -> Capacity:
     """Context and block count from the settings, the checkpoint and free memory. Raises SettingsError.
 
-    A draft model's cache has the same slots, and takes its part of the memory. A step takes `activations` bytes.
+    A draft model's cache has the same slots, and takes its part of the memory. A step takes `activations` bytes;
+    steps that are recorded keep as much for themselves, and are padded by drafts.
     """
+    if is_recorded:
+        activations *= 2
     slot = sum(_slot_bytes(checkpoint.shape, dtype) for checkpoint in checkpoints.all)
     fraction = settings.memory_fraction or DEFAULT_MEMORY_FRACTION
     affordable = _cache_bytes(device, fraction, activations) // (slot * settings.block_size)
@@ -99,7 +110,12 @@ def plan_capacity(
         held = f"num_blocks {num_blocks} hold {num_blocks * settings.block_size} tokens"
         remedy = f"raise num_blocks to {per_context} or lower max_model_len"
         raise SettingsError(f"{held}, less than max_model_len {max_model_len}: {remedy}")
-    return Capacity(max_model_len=max_model_len, block_size=settings.block_size, num_blocks=num_blocks)
+    return Capacity(
+        max_model_len=max_model_len,
+        block_size=settings.block_size,
+        num_blocks=num_blocks,
+        num_padded=1 + settings.max_draft_length if is_recorded else 0,
+    )
 
 
 def _slot_bytes(shape: ModelShape, dtype: torch.dtype) -> int:
@@ -120,6 +136,15 @@ def _context(settings: EngineSettings, longest: int, affordable_tokens: int, dev
             f"max_model_len {wanted} does not fit: memory is left for {affordable_tokens} tokens"
         )
     return wanted
+
+
+def _free_bytes(device: torch.device) -> float:
+    """Free memory of the device alone: none is touched that another rank has."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    from accelerate.utils import get_max_memory
+
+    return float(get_max_memory().get("cpu", math.inf))
 
 
 def _cache_bytes(device: torch.device, fraction: float, activations: int) -> int:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from config.errors import SettingsError
 from config.settings import EngineSettings
 from decoding.checkpoint import Checkpoint, open_checkpoint
+from decoding.sharding import Shard
 
 _TOKENIZER = "tokenizer.json"
 
@@ -46,6 +47,10 @@ class Checkpoints:
     def all(self) -> tuple[Checkpoint, ...]:
         """The full one first."""
         return (self.full,) if self.draft is None else (self.full, self.draft)
+
+    def on_a_rank(self, shard: Shard) -> Checkpoints:
+        """The same with the sizes that layers have on one of several ranks."""
+        return Checkpoints(*map(shard.of_checkpoint, self.all))
 
     def draft_length(self, settings: EngineSettings) -> int | None:
         """What the one that drafts does for requests that leave it open; None where there is none."""

@@ -5,55 +5,35 @@ Knows token ids, not text. Runs in one thread; usable without a server.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from msgspec import structs
 
 from config.errors import SettingsError
-from config.setting_types import ExitPolicy, LoadFormat
-from config.settings import EngineSettings, default_num_threads
-from decoding.attention import Attention, AttentionShape
-from decoding.attentions import make_attention
+from config.setting_types import ExitPolicy
+from config.settings import EngineSettings
 from decoding.blocks import BlockPool
-from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
+from decoding.capacity import Capacity
 from decoding.checkpoint import Checkpoint, sampling_defaults, text_assets
 from decoding.choice import DraftChooser
-from decoding.compiled import PanelLinear, make_compiled
-from decoding.compiled import prepare as prepare_compiled
-from decoding.coupling import warm_up as warm_up_choices
-from decoding.cycle import Cycle
-from decoding.devices import pick_device, pick_dtype
 from decoding.draft_checkpoint import Checkpoints
-from decoding.draft_head import make_draft_head
-from decoding.draft_model import DraftModel
 from decoding.exits import Speculation, resolve_speculation
-from decoding.kv_cache import KVCache
-from decoding.memory_profile import activation_bytes
+from decoding.graphs import Recorder
 from decoding.messages import CycleTimes, Decoded, Generate, Limits, Ready, StepReport
-from decoding.model import LlamaDecoder, Weights
+from decoding.parallel import ALONE, Ranks
 from decoding.planning import StepLimits
+from decoding.runtime import Runtime, build_runtime, place
 from decoding.scheduler import Scheduler
+from decoding.sharding import check_shards
 from decoding.stepping import Stepper
 from decoding.warm_up import Warmup
-from decoding.weights import DrawnTensors, Placement, Progress, load_weights, rotations
+from decoding.weights import Progress
 
 
 def _ignore(_stage: str, _fraction: float) -> None:
     return
-
-
-@dataclass(frozen=True, slots=True)
-class Runtime:
-    """What runs plans on a device: the model, its cycle, and a separate draft model if there is one."""
-
-    model: LlamaDecoder
-    cycle: Cycle
-    draft_model: LlamaDecoder | None = None
 
 
 class Engine:
@@ -69,19 +49,31 @@ class Engine:
         self._clock = clock
 
     @classmethod
-    def load(cls, settings: EngineSettings, *, progress: Progress = _ignore) -> Engine:
-        """Read the checkpoint and allocate the cache. Raises CheckpointError or SettingsError."""
+    def load(
+        cls,
+        settings: EngineSettings,
+        *,
+        progress: Progress = _ignore,
+        recorder: Recorder | None = None,
+        ranks: Ranks = ALONE,
+    ) -> Engine:
+        """Read the checkpoint and allocate the cache. Raises CheckpointError or SettingsError.
+
+        Without a `recorder`, steps are recorded as CUDA graphs where that is possible and allowed. Of several
+        `ranks` this is the first.
+        """
         clock = time.perf_counter
-        torch.set_num_threads(settings.num_threads or default_num_threads())
         _check_budget(settings)
         checkpoints = Checkpoints.open(settings)
         checkpoint = checkpoints.full
+        check_shards(settings, checkpoints.all, ranks.shard)
         # What can be refused is refused before the weights are read, which may take minutes.
         speculation = resolve_speculation(settings, num_layers=checkpoint.shape.num_layers)
         text, sampling = text_assets(checkpoint), sampling_defaults(checkpoint)
-        device = pick_device(settings.device)
-        dtype = pick_dtype(settings.dtype, checkpoint.shape.stored_dtype, device)
-        runtime, capacity = build_runtime(settings, checkpoints, device, dtype, progress)
+        placement = ranks.introduce(settings, checkpoints, place(settings, checkpoint, ranks.shard))
+        runtime, capacity = build_runtime(settings, checkpoints, placement, ranks, progress, recorder)
+        # Plans for several ranks are written on the host, and sent.
+        device = placement.device if ranks.are_one else torch.device("cpu")
 
         def scheduler(chooser: DraftChooser) -> Scheduler:
             pool = BlockPool(num_blocks=capacity.num_blocks, block_size=capacity.block_size)
@@ -102,12 +94,13 @@ class Engine:
         ready = Ready(
             model=settings.model,
             revision=settings.revision,
-            dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
+            dtype=str(placement.dtype).removeprefix("torch."),
+            device=str(placement.device),
             limits=_limits(settings, checkpoint, capacity, speculation),
             text=text,
             sampling=sampling,
             draft_model=settings.draft_model,
+            tensor_parallel_size=ranks.shard.size,
         )
         return cls(ready, runtime, scheduler(chooser), clock=clock)
 
@@ -170,87 +163,6 @@ class Engine:
             for event in self.step().decoded:
                 events[event.sequence_id].append(event)
         return events
-
-
-def build_runtime(
-    settings: EngineSettings,
-    checkpoints: Checkpoints,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> tuple[Runtime, Capacity]:
-    """The models on their device, their caches beside them, and what a cache holds."""
-    num_bytes = sum(weight_bytes(checkpoint, dtype) for checkpoint in checkpoints.all)
-    offloads = settings.loader == "accelerate" or exceeds_device(num_bytes, device)
-    shows_head = settings.draft_vocab_size is not None
-    placement = Placement(device=device, dtype=dtype, drawn=_drawn(settings), shows_head=shows_head)
-    if offloads and settings.draft_vocab_size:
-        raise SettingsError(
-            "draft_vocab_size: weights that are offloaded have no head of their own for drafts"
-        )
-    if settings.compile_layers:
-        if offloads:
-            raise SettingsError("compile_layers: weights that are offloaded are not compiled for")
-        prepare_compiled([checkpoint.shape for checkpoint in checkpoints.all], device, dtype, progress)
-        placement = replace(placement, form=PanelLinear)
-    weights = [_load(checkpoint, placement, progress, offloads=offloads) for checkpoint in checkpoints.all]
-    activations = activation_bytes(
-        settings, lambda capacity: build_decoder(settings, checkpoints.full, capacity, weights[0]), device
-    )
-    capacity = plan_capacity(settings, checkpoints, dtype, device, activations=activations)
-    (model, attention), *others = [
-        build_decoder(settings, checkpoint, capacity, of_checkpoint)
-        for checkpoint, of_checkpoint in zip(checkpoints.all, weights, strict=True)
-    ]
-    draft_model = DraftModel(*others[0]) if others else None
-    warm_up_choices(model.weights.embedding_VD)
-    cycle = Cycle(
-        model,
-        attention,
-        block_size=capacity.block_size,
-        clock=time.perf_counter,
-        draft_model=draft_model,
-        draft_head=make_draft_head(settings, weights[0]),
-    )
-    return Runtime(model, cycle, draft_model.model if draft_model else None), capacity
-
-
-def build_decoder(
-    settings: EngineSettings, checkpoint: Checkpoint, capacity: Capacity, weights: Weights
-) -> tuple[LlamaDecoder, Attention]:
-    """A model of these weights, with a cache of its own."""
-    sizes = checkpoint.shape
-    device, dtype = weights.embedding_VD.device, weights.embedding_VD.dtype
-    shape = AttentionShape(sizes.num_heads, sizes.num_kv_heads, sizes.head_width)
-    cache = KVCache(
-        num_layers=len(weights.layers),
-        num_slots=capacity.num_slots,
-        slot_width=shape.slot_width,
-        dtype=dtype,
-        device=device,
-    )
-    turns_TF = rotations(checkpoint, capacity.max_model_len, device, dtype)
-    if settings.compile_layers:
-        return make_compiled(weights, shape, cache, turns_TF)
-    attention = make_attention(
-        settings.attention, shape=shape, cache=cache, rotations_TF=turns_TF, block_size=capacity.block_size
-    )
-    return LlamaDecoder(weights, attention), attention
-
-
-def _load(checkpoint: Checkpoint, placement: Placement, progress: Progress, *, offloads: bool) -> Weights:
-    with tempfile.TemporaryDirectory(prefix="layerskip-offload-") as folder:
-        return load_weights(
-            checkpoint, replace(placement, offload_folder=Path(folder) if offloads else None), progress
-        )
-
-
-def _drawn(settings: EngineSettings) -> DrawnTensors | None:
-    """What stands in for files of weights, where that is asked for."""
-    if settings.load_format is not LoadFormat.DUMMY:
-        return None
-    first = min(settings.allowed_exit_layers or (1,))
-    return DrawnTensors(late_from=first, late_scale=settings.dummy_scale)
 
 
 def _check_budget(settings: EngineSettings) -> None:

@@ -244,7 +244,9 @@ class TextAssets(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The worker serves. `sampling` holds the checkpoint's own defaults from its generation config."""
+    """The worker serves. `sampling` holds the checkpoint's own defaults from its generation config. The model is
+    spread over `tensor_parallel_size` devices, of which `device` is the first.
+    """
 
     model: str
     revision: str | None
@@ -254,6 +256,14 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     text: TextAssets
     sampling: SamplingParams
     draft_model: str | None = None
+    tensor_parallel_size: int = 1
+
+    @property
+    def devices(self) -> str:
+        """Where the model runs, in words."""
+        if self.tensor_parallel_size == 1:
+            return self.device
+        return f"{self.tensor_parallel_size} × {self.device.partition(':')[0]}"
 
     def serves_like(self, other: Ready) -> bool:
         """Whether what the other worker began this one may go on with, as far as can be seen."""

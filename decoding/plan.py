@@ -106,6 +106,27 @@ class Plan:
         """Tokens that the verification pass computes."""
         return int(self.num_fed_B.sum() + self.num_made_B.sum())
 
+    def part(self, is_own_B: np.ndarray[tuple[int], np.dtype[np.bool_]], sampling: Sampling) -> Plan:
+        """The same for these rows alone, whose sampling columns are given. No draft model follows a part."""
+        assert self.following is None
+        own = np.flatnonzero(is_own_B).tolist()
+        return Plan(
+            sequence_ids=tuple(self.sequence_ids[row] for row in own),
+            fed_N=self.fed_N[np.repeat(is_own_B, self.num_fed_B)],
+            num_fed_B=self.num_fed_B[is_own_B],
+            num_looked_up_B=self.num_looked_up_B[is_own_B],
+            num_computed_B=self.num_computed_B[is_own_B],
+            draft_lengths_B=self.draft_lengths_B[is_own_B],
+            exit_layers_B=self.exit_layers_B[is_own_B],
+            model_lengths_B=self.model_lengths_B[is_own_B],
+            following=None,
+            chooses_B=self.chooses_B[is_own_B],
+            blocks_BW=self.blocks_BW[is_own_B],
+            sampling=sampling,
+            edited=tuple(self.edited[row] for row in own),
+            wanted=tuple(self.wanted[row] for row in own),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

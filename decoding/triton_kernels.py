@@ -6,9 +6,10 @@ A row's context is cut into parts whose width depends on its length alone, and e
 height, so that a query is computed by the same operations whatever stands beside it.
 
 `contexts` [B, 2 + W] say of each row, in int32: the position of its 0-th token, its length after this step, its
-blocks. `rows` and `steps` say of each token its row and how many tokens of the row come before it, counted from
-the 0-th. Tensors are contiguous; `qkv` is [N, (H + 2G)·F], `cache` [slots, 2·G·F], `out` [N, H·F]. HEAD_PAD is a
-power of two that holds a head, at least 16, which is the least that `tl.dot` takes.
+blocks. Tokens from that length on are padding: they are not stored, and what is attended for them means nothing.
+`rows` and `steps` say of each token its row and how many tokens of the row come before it, counted from the 0-th.
+Tensors are contiguous; `qkv` is [N, (H + 2G)·F], `cache` [slots, 2·G·F], `out` [N, H·F]. HEAD_PAD is a power of
+two that holds a head, at least 16, which is the least that `tl.dot` takes.
 
 Names end in shapes: M queries of a tile, N positions read at once, F a head, P parts.
 """
@@ -62,7 +63,7 @@ def rotate_and_store(
     tl.store(own + 1, second, mask=is_query)
     # Keys and values lie in a slot as they do in `qkv`.
     stored = cache + slot * (2 * NUM_KV_HEADS * HEAD_WIDTH) + (head - NUM_HEADS) * HEAD_WIDTH + 2 * pair
-    is_kept = exists & (head >= NUM_HEADS)
+    is_kept = exists & (head >= NUM_HEADS) & (position < tl.load(context + 1))
     tl.store(stored, first, mask=is_kept)
     tl.store(stored + 1, second, mask=is_kept)
 
@@ -158,11 +159,13 @@ def attend_tile(
     num_queries, scratch = tl.load(tile + 3), tl.load(tile + 4).to(tl.int64)
     context = contexts + row * context_width
     start = tl.load(context)
-    width = part_width(tl.load(context + 1), LEAST_PART, MOST_PARTS)
-    first, last = part * width, start + step + num_queries
+    length = tl.load(context + 1)
+    width = part_width(length, LEAST_PART, MOST_PARTS)
+    # What lies behind the row's length was not stored.
+    first, last = part * width, tl.minimum(start + step + num_queries, length)
     if IS_SPLIT:
         last = tl.minimum(first + width, last)
-    if first >= last:
+    if (first >= last) | (start + step >= length):
         return
 
     query = tl.arange(0, TILE_M) // REPEATS
@@ -223,9 +226,12 @@ def join_parts(
     scratch, head = tl.program_id(0), tl.program_id(1)
     token = tl.load(tokens + scratch)
     context = contexts + tl.load(rows + token) * context_width
-    width = part_width(tl.load(context + 1), LEAST_PART, MOST_PARTS)
+    position, length = tl.load(context) + tl.load(steps + token), tl.load(context + 1)
+    if position >= length:
+        return
+    width = part_width(length, LEAST_PART, MOST_PARTS)
     part = tl.arange(0, MOST_PARTS)
-    is_part = part * width <= tl.load(context) + tl.load(steps + token)
+    is_part = part * width <= position
     place = (scratch.to(tl.int64) * NUM_HEADS + head) * num_parts + part
     peak_P = tl.load(weights + place * 2, mask=is_part, other=float("-inf"))
     total_P = tl.load(weights + place * 2 + 1, mask=is_part, other=0.0)

@@ -14,11 +14,11 @@ from decoding.acceptance_record import AcceptanceRecord
 from decoding.capacity import Capacity
 from decoding.choice import DraftChooser, FixedChoice
 from decoding.controller import Controller
-from decoding.cycle import Cycle
 from decoding.exits import Speculation
 from decoding.messages import Generate, SamplingParams
 from decoding.scheduler import Scheduler
 from decoding.step_costs import WIDTHS, StepCosts, StepTime
+from decoding.stepping import Runner
 
 _REPEATS: Final = 3
 _IN_ORDER: Final = (
@@ -47,7 +47,10 @@ _PROMPT_STEPS: Final = _MOST_STEPS - _REPEATS - 1
 """Steps after which every prompt is computed, so that no row ends before the last has begun to decode."""
 
 _BUDGET_S: Final = 1.0
-"""What is not measured by then is guessed from what is, and learned from the first requests."""
+_RECORDED_BUDGET_S: Final = 15.0
+"""What is not measured by then is guessed from what is, and learned from the first requests. Where steps are
+recorded, most of that time goes there, and would have to be spent later.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Warmup:
     num_layers: int
 
     def chooser(
-        self, cycle: Cycle, make_scheduler: MakeScheduler, *, clock: Callable[[], float]
+        self, cycle: Runner, make_scheduler: MakeScheduler, *, clock: Callable[[], float]
     ) -> DraftChooser:
         """A controller that knows what steps cost here, or no controller where there is nothing to choose."""
         chosen = self.speculation
@@ -111,13 +114,14 @@ class Warmup:
         )
 
     def _measured(
-        self, cycle: Cycle, make_scheduler: MakeScheduler, clock: Callable[[], float]
+        self, cycle: Runner, make_scheduler: MakeScheduler, clock: Callable[[], float]
     ) -> Iterator[StepTime]:
         """Times of growing shapes until the budget is spent, but not before one row has drafted."""
         started = clock()
+        budget_s = _RECORDED_BUDGET_S if self.capacity.num_padded else _BUDGET_S
         has_drafted = False
         for shape in self._shapes():
-            if has_drafted and clock() - started > _BUDGET_S:
+            if has_drafted and clock() - started > budget_s:
                 return
             yield _measure(cycle, make_scheduler, shape, clock)
             has_drafted |= shape.draft_length > 0
@@ -147,7 +151,7 @@ class Warmup:
 
 
 def _measure(
-    cycle: Cycle, make_scheduler: MakeScheduler, shape: Shape, clock: Callable[[], float]
+    cycle: Runner, make_scheduler: MakeScheduler, shape: Shape, clock: Callable[[], float]
 ) -> StepTime:
     """The fastest of some steps: others were held up by something else."""
     scheduler = make_scheduler(FixedChoice(exit_layer=shape.exit_layer, draft_length=shape.draft_length))

@@ -23,6 +23,8 @@ from torch import Tensor
 from decoding.checkpoint import Checkpoint, CheckpointError, ModelShape
 from decoding.linear import Linear, OffloadedLinear, store
 from decoding.model import Layer, RmsNorm, Weights
+from decoding.parallel_linear import Collectives, put_together
+from decoding.sharding import WHOLE, Cut, Part, Shard
 
 Progress = Callable[[str, float], None]
 
@@ -43,7 +45,7 @@ class _Index(msgspec.Struct, frozen=True):
 class _Slices(Protocol):
     def get_dtype(self) -> str: ...
     def get_shape(self) -> list[int]: ...
-    def __getitem__(self, key: slice) -> Tensor: ...
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> Tensor: ...
 
 
 class _OpenFile(Protocol):
@@ -62,8 +64,8 @@ class TensorFiles:
         self._opened: dict[Path, _OpenFile] = {}
         self._file_of = _file_of_tensors(folder, self._open)
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Copy one tensor into `out`, converting dtype and device. Raises CheckpointError."""
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
+        """Copy one tensor, or this part of it, into `out`, converting dtype and device. Raises CheckpointError."""
         file_name = self._file_of.get(name)
         if file_name is None:
             raise CheckpointError(f"{self._folder}: tensor {name} is in none of the safetensors files")
@@ -72,13 +74,14 @@ class TensorFiles:
             stored = self._open(path).get_slice(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
-        if list(stored.get_shape()) != list(out.shape):
-            found, expected = stored.get_shape(), list(out.shape)
+        found, expected = list(stored.get_shape()), list(part.shape if part else out.shape)
+        if found != expected:
             raise CheckpointError(f"{path}: tensor {name} has shape {found}, config.json asks for {expected}")
         if stored.get_dtype() not in _FLOATING:
             remedy = "pass a checkpoint that is not quantised"
             raise CheckpointError(f"{path}: tensor {name} holds {stored.get_dtype()}, not floats; {remedy}")
-        out.copy_(stored[:])
+        # No more than these bytes are read of the file.
+        out.copy_(stored[part.index] if part else stored[:])
 
     def _open(self, path: Path) -> _OpenFile:
         if path in self._opened:
@@ -103,9 +106,13 @@ class DrawnTensors:
         self._late_from = late_from
         self._late_scale = late_scale
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Draw one tensor into `out`."""
-        if out.dim() == 1:
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None:
+        """Draw one tensor into `out`, or this part of it: the same numbers as the whole has there."""
+        if part is not None:
+            whole = out.new_empty(part.shape)
+            self.read_into(name, whole)
+            out.copy_(whole[part.index])
+        elif out.dim() == 1:
             out.fill_(1)
         else:
             generator = torch.Generator(out.device).manual_seed(zlib.crc32(name.encode()))
@@ -117,7 +124,7 @@ class DrawnTensors:
 
 
 class _Tensors(Protocol):
-    def read_into(self, name: str, out: Tensor) -> None: ...
+    def read_into(self, name: str, out: Tensor, part: Part | None = None) -> None: ...
 
 
 def _file_of_tensors(folder: Path, open_file: Callable[[Path], _OpenFile]) -> dict[str, str]:
@@ -145,7 +152,8 @@ class Placement:
 
     With an `offload_folder`, matrices are written there by accelerate and mapped into memory for use; once
     everything is loaded the folder may be deleted. If they are `drawn`, no file of weights is read. A model that
-    `shows_head` has the head's rows there as they are, too.
+    `shows_head` has the head's rows there as they are, too. Of one that several ranks run only the `shard` is
+    read, and `collectives` put together what the shards come to.
     """
 
     device: torch.device
@@ -154,6 +162,8 @@ class Placement:
     drawn: DrawnTensors | None = None
     shows_head: bool = False
     form: Callable[[Tensor], Linear] = store
+    shard: Shard = WHOLE
+    collectives: Collectives | None = None
 
 
 def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progress) -> Weights:
@@ -169,7 +179,7 @@ def load_weights(checkpoint: Checkpoint, placement: Placement, progress: Progres
             embedding_VD=embedding_VD,
             layers=tuple(layers),
             final_norm=reader.norm("model.norm.weight", shape),
-            head=reader.linear([_head_name(shape)], (shape.vocab_size,), shape.model_width),
+            head=reader.linear([_head_name(shape)], (shape.vocab_size,), shape.model_width, cut=Cut.JOINED),
             head_rows_VD=_head_rows(reader, shape, embedding_VD) if placement.shows_head else None,
         )
 
@@ -206,19 +216,23 @@ class _Reader:
         heights: tuple[int, ...],
         width: int,
         *,
+        cut: Cut = Cut.OUTPUTS,
         order: Callable[[str, Tensor], Tensor] | None = None,
     ) -> Linear:
-        """The named matrices stacked, each of its height; `order` may reorder the rows of one."""
-        folder = self.placement.offload_folder
-        device = self.placement.device if folder is None else torch.device("cpu")
-        fused_OI = torch.empty(sum(heights), width, dtype=self.placement.dtype, device=device)
-        for name, part in zip(names, torch.split(fused_OI, list(heights)), strict=True):
-            self.tensors.read_into(name, part)
+        """The named matrices, each of its height, stacked and cut; `order` may reorder the rows of one."""
+        where = self.placement
+        folder = where.offload_folder
+        device = where.device if folder is None else torch.device("cpu")
+        parts = [where.shard.part(cut, height, width) for height in heights]
+        own_heights = [part.num_own_rows for part in parts]
+        fused_OI = torch.empty(sum(own_heights), parts[0].num_own_columns, dtype=where.dtype, device=device)
+        for name, part, own in zip(names, parts, torch.split(fused_OI, own_heights), strict=True):
+            self.tensors.read_into(name, own, None if where.shard == WHOLE else part)
             if order is not None:
-                part.copy_(order(name, part))
+                own.copy_(order(name, own))
         if folder is None:
-            return self.placement.form(fused_OI)
-        return _offload(fused_OI, names[0], folder, self.placement.device)
+            return put_together(where.form(fused_OI), cut, where.collectives)
+        return _offload(fused_OI, names[0], folder, where.device)
 
 
 @contextmanager
@@ -243,12 +257,16 @@ def _read_layer(reader: _Reader, prefix: str, shape: ModelShape) -> Layer:
             shape.model_width,
             order=order,
         ),
-        attention_out=reader.linear([f"{attention}.o_proj.weight"], (shape.model_width,), query_height),
+        attention_out=reader.linear(
+            [f"{attention}.o_proj.weight"], (shape.model_width,), query_height, cut=Cut.INPUTS
+        ),
         mlp_norm=reader.norm(f"{prefix}.post_attention_layernorm.weight", shape),
         gate_up=reader.linear(
             [f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"], (shape.mlp_width,) * 2, shape.model_width
         ),
-        down=reader.linear([f"{mlp}.down_proj.weight"], (shape.model_width,), shape.mlp_width),
+        down=reader.linear(
+            [f"{mlp}.down_proj.weight"], (shape.model_width,), shape.mlp_width, cut=Cut.INPUTS
+        ),
     )
 
 

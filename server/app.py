@@ -44,7 +44,7 @@ class LogListener:
     def ready(self, ready: Ready) -> None:
         """The worker serves."""
         where = "" if self._url is None else f" at {self._url}"
-        _log.info("ready: %s on %s in %s%s", self._model_name, ready.device, ready.dtype, where)
+        _log.info("ready: %s on %s in %s%s", self._model_name, ready.devices, ready.dtype, where)
 
     def restarting(self, message: str) -> None:
         """The worker died, and another follows."""

@@ -72,7 +72,7 @@ def banner(ready: Ready, site: Site, *, model_name: str) -> str:
     concurrency = min(limits.max_num_seqs, kv_tokens / limits.max_model_len)
     return f"""
 layerskip serves {model_name} at {site.url}
-  weights      {ready.dtype} on {ready.device}, {limits.num_layers} layers
+  weights      {ready.dtype} on {ready.devices}, {limits.num_layers} layers
   exit layers  {layers}; {drafts}{_draft_model(ready)}
   KV cache     {kv_tokens:,} tokens: {concurrency:.1f} sequences of {limits.max_model_len:,} tokens at once
   metrics      {site.url}/metrics

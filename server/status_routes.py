@@ -41,6 +41,7 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         "revision": ready.revision,
         "dtype": ready.dtype,
         "device": ready.device,
+        "tensor_parallel_size": ready.tensor_parallel_size,
         "num_layers": limits.num_layers,
         "vocab_size": limits.vocab_size,
         "allowed_exit_layers": limits.allowed_exit_layers,

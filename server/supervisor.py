@@ -25,6 +25,7 @@ import msgspec
 from config.settings import EngineSettings
 from decoding.messages import Command, Event
 from server import worker
+from server.orphans import TELL_WHERE
 from server.worker import EngineLoader
 
 _log = logging.getLogger("layerskip.supervisor")
@@ -97,7 +98,7 @@ class WorkerProcess:
         """End a worker that does nothing, but first let it write to standard error what it is doing."""
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, worker.TELL_WHERE)
+                os.kill(self.pid, TELL_WHERE)
         asyncio.get_running_loop().call_later(_LAST_WORDS_S, self.kill)
 
     async def stop(self) -> None:

@@ -5,12 +5,8 @@ Knows processes and messages; knows neither HTTP nor text. It ends when its pipe
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
 import os
 import queue
-import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
@@ -21,12 +17,11 @@ import msgspec
 from config.errors import StartupError
 from config.settings import EngineSettings
 from decoding.messages import Abort, Command, Event, Failed, Generate, Loading, Ready, StepReport
+from server.orphans import end_with_parent
+from server.ranks import EndingAtOnce, start_ranks
 
-_PR_SET_PDEATHSIG: Final = 1
 # An idle worker reports this often, so that silence means a step that hangs.
 HEARTBEAT_S: Final = 1.0
-# At this signal a worker writes the stack of every thread to standard error.
-TELL_WHERE: Final = signal.SIGUSR1
 
 Progress = Callable[[str, float], None]
 
@@ -65,22 +60,25 @@ EngineLoader = Callable[[EngineSettings, Progress], DecodingEngine]
 def load_engine(settings: EngineSettings, progress: Progress) -> DecodingEngine:
     """Load the real engine; the import of torch happens here, in the worker."""
     from decoding.engine import Engine
+    from decoding.parallel import Ranks
 
-    return Engine.load(settings, progress=progress)
+    ranks = Ranks.first_of(start_ranks(settings.tensor_parallel_size))
+    return Engine.load(settings, progress=progress, ranks=ranks)
 
 
 def main(connection: Connection, settings_json: str, load: EngineLoader, parent_pid: int) -> None:
     """Entry of the spawned process: load, say so, then serve until the pipe ends."""
-    _leave_signals_to_parent(parent_pid)
+    end_with_parent(parent_pid)
     link = _Link(connection)
     try:
-        settings = EngineSettings.model_validate_json(settings_json)
-        engine = load(settings, lambda stage, fraction: link.send(Loading(stage, fraction)))
+        with EndingAtOnce():
+            settings = EngineSettings.model_validate_json(settings_json)
+            engine = load(settings, lambda stage, fraction: link.send(Loading(stage, fraction)))
+            link.send(engine.ready)
+            serve(engine, link)
     except StartupError as error:
         link.send(Failed(" ".join(str(error).split())))
-        return
-    link.send(engine.ready)
-    serve(engine, link)
+        os._exit(0)
 
 
 class CommandLink(Protocol):
@@ -144,13 +142,3 @@ class _Link:
         except (EOFError, OSError):
             # The API process is gone; nobody is left to decode for, whatever the main thread is doing.
             os._exit(0)
-
-
-def _leave_signals_to_parent(parent_pid: int) -> None:
-    """Ctrl-C is the API process's to handle; its death, however sudden, is this process's end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    faulthandler.register(TELL_WHERE)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(0)

@@ -189,6 +189,20 @@ MUTANTS = (
         "return logits_PR.argmax(-1)",
         "tests/test_draft_head.py::test_it_chooses_as_if_all_other_tokens_were_forbidden",
     ),
+    Mutant(
+        "what ranks have of a sum is added up",
+        "decoding/parallel_linear.py",
+        "self._collectives.add_up(sum_NO)",
+        "pass",
+        "tests/test_tensor_parallel.py::test_shares_put_together_are_the_whole_matrix",
+    ),
+    Mutant(
+        "edits that a rank has not seen are sent to it",
+        "decoding/parallel_plan.py",
+        "self._editors.get(sequence_id) is edited.editor",
+        "sequence_id in self._editors",
+        "tests/test_parallel_plan.py::test_plans_are_read_as_they_were_written",
+    ),
 )
 
 

@@ -41,7 +41,10 @@ def test_kernels_pass_all_checks(interpreted: bool) -> None:
     if not interpreted and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_checks.py"],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("tests/triton_checks.py", "tests/triton_graph_checks.py"),
+        ],
         cwd=ROOT,
         env=os.environ
         | {"TRITON_INTERPRET": "1" if interpreted else "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"},

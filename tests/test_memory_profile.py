@@ -10,8 +10,9 @@ import torch
 from config.settings import EngineSettings
 from decoding.capacity import Capacity
 from decoding.checkpoint import open_checkpoint
-from decoding.engine import Engine, build_decoder
+from decoding.engine import Engine
 from decoding.memory_profile import activation_bytes, least_capacity, run_largest_step
+from decoding.runtime import build_decoder
 from tests.tiny import make_checkpoint
 
 MiB = 1 << 20

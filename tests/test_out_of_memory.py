@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from decoding.cycle import Cycle
-from decoding.engine import Engine, Runtime
+from decoding.engine import Engine
 from decoding.messages import Abort, Generate, Load, SamplingParams, StepReport
 from decoding.plan import Plan, Result
+from decoding.runtime import Runtime
 from server.errors import OutOfMemory
 from tests.mixes import Lab
 from tests.played_worker import Played, drain, said
