@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 import torch
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from config.errors import SettingsError
 from config.settings import EngineSettings
@@ -24,6 +23,9 @@ from decoding.plan import Plan, Result
 from decoding.sharding import WHOLE, Shard
 from decoding.stepping import Runner
 from decoding.weights import Placement
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 class Channel(Protocol):

@@ -11,15 +11,18 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from decoding.linear import Linear
 from decoding.sharding import Cut, Shard
+
+if TYPE_CHECKING:
+    # Some builds of torch have none, and serve one device as well as any.
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 _LONGEST_WAIT: Final = timedelta(minutes=10)
 """A rank that waits so long for the others ends. None is ever so late unless it hangs: they step together."""
@@ -38,7 +41,7 @@ class Collectives(Protocol):
         ...
 
 
-MakeCollectives = Callable[[TCPStore, Shard, torch.device], Collectives]
+MakeCollectives = Callable[["TCPStore", Shard, torch.device], Collectives]
 """Makes this rank's, once all have the same store."""
 
 
@@ -108,6 +111,8 @@ class ProcessGroup:
 
 def make_store(port: int | None, size: int) -> TCPStore:
     """Where ranks find each other, on loopback alone: made by the first, on a free port, for the others."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
     if port is not None:
         return TCPStore(_LOOPBACK, port, size, is_master=False, timeout=_LONGEST_WAIT)
     listener = socket.create_server((_LOOPBACK, 0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection, wait
@@ -22,6 +23,8 @@ from server.orphans import end_with_parent
 _FRAME: Final = b"f"
 _FAILED: Final = b"!"
 """What a frame from another rank begins with: it carries what that rank tells, or why it cannot start."""
+
+_LAST_WORDS_S: Final = 0.5
 
 
 def start_ranks(size: int) -> list[RankChannel]:
@@ -77,6 +80,9 @@ class RankChannel:
                     return
         except (EOFError, OSError):
             pass
+        self._process.join(_LAST_WORDS_S)
+        end = f"{self._process.name} ended (exit code {self._process.exitcode})"
+        print(f"layerskip: {end}, and with it the worker", file=sys.stderr, flush=True)
         os._exit(1)
 
 

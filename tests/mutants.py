@@ -194,7 +194,7 @@ MUTANTS = (
         "decoding/parallel_linear.py",
         "self._collectives.add_up(sum_NO)",
         "pass",
-        "tests/test_tensor_parallel.py::test_shares_put_together_are_the_whole_matrix",
+        "tests/test_sharding.py::test_shares_put_together_are_the_whole_matrix",
     ),
     Mutant(
         "edits that a rank has not seen are sent to it",

@@ -19,8 +19,8 @@ from decoding.sharding import Shard
 from server import ranks
 from tests.graph_tape import TapeRecorder
 from tests.mixes import one_request
-from tests.test_tensor_parallel import VOCAB, shared_out, tokens, two_ranks
 from tests.tiny import make_checkpoint
+from tests.two_ranks import VOCAB, shared_out, tokens, two_ranks
 
 
 class Taped:
@@ -40,7 +40,7 @@ class Taped:
 
     def _do(self, function, tensors: list[torch.Tensor]) -> None:
         tape = self._recorder.tape
-        function()
+        function() if tape is None else tape.call(function, tensors)
 
 
 @dataclass

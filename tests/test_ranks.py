@@ -34,7 +34,8 @@ if __name__ == "__main__":
 def first_rank() -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A first rank that waits for something else, and the process id of the second."""
     arguments = [sys.executable, "-c", FIRST]
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(arguments, cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout is not None
         try:
             yield process, int(process.stdout.readline())
@@ -43,9 +44,15 @@ def first_rank() -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 def test_the_first_rank_ends_as_soon_as_another_is_killed() -> None:
+    """And says so."""
     with first_rank() as (first, other_pid):
         os.kill(other_pid, signal.SIGKILL)
         assert first.wait(10) == 1
+        assert first.stderr is not None
+        assert (
+            first.stderr.read()
+            == "layerskip: layerskip-rank-1 ended (exit code -9), and with it the worker\n"
+        )
 
 
 def test_the_other_ranks_end_when_the_first_is_killed() -> None:
