@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from msgspec import structs
+
 from benchmarks.contenders import request_for
 from benchmarks.timing import Job
 from decoding.engine import Engine
@@ -68,14 +70,23 @@ class Driver:
     sequence_ids: Iterator[int]
 
     def run(self, job: Job, drafting: Drafting, *, concurrency: int) -> Pass:
-        """Decode the job's prompts, so many at once: where one ends, the next begins. Timed until none is left."""
+        """Decode the job's prompts, so many at once: where one ends, the next begins. Timed until none is left.
+
+        The first ones ask for ever more tokens, up to the job's own number: so a server finds its requests, each
+        at another point of its text. If all began together, those that decode alike would end together, too, and
+        their successors' prompts be computed in one piece.
+        """
         ids = [next(self.sequence_ids) for _ in job.prompts]
-        waiting = deque(
+        requests = [
             request_for(
                 prompt, job, number, exit_layer=drafting.exit_layer, draft_length=drafting.draft_length
             )
             for prompt, number in zip(job.prompts, ids, strict=True)
-        )
+        ]
+        for place, request in enumerate(requests[:concurrency]):
+            num_tokens = max(1, job.new_tokens * (place + 1) // concurrency)
+            requests[place] = structs.replace(request, max_new_tokens=num_tokens)
+        waiting = deque(requests)
         reports: list[StepReport] = []
         num_running = num_timed = 0
         wall_s = 0.0

@@ -2,13 +2,13 @@
 
 At each concurrency a short scan finds the best static exit layer and draft length. Then, in every round, "auto",
 plain decoding and that static setting run the same prompts in turns, the order changing from round to round; each
-keeps so many requests under way, and where one ends the next begins. "auto" and plain decoding share one engine
-with its controller for the whole program, as the requests of a server do; what is static runs in a second engine,
-so that the controller learns nothing from it; instead "auto" runs the scan's prompts as often as settings were
-tried on them: neither is chosen in the first minute. Tokens over time are counted, prompts included, until no
-request is left to begin: a batch that runs dry says more of who ends unevenly than of a server that has more to
-do. Ratios are medians over rounds, with what they exceed with 95 % confidence. Every text is held against plain
-decoding's.
+keeps so many requests under way, the first of them at different points of their texts, and where one ends the
+next begins. "auto" and plain decoding share one engine with its controller for the whole program, as the requests
+of a server do; what is static runs in a second engine, so that the controller learns nothing from it; instead
+"auto" runs the scan's prompts as often as settings were tried on them: neither is chosen in the first minute.
+Tokens over time are counted, prompts included, until no request is left to begin: a batch that runs dry says more
+of who ends unevenly than of a server that has more to do. Ratios are medians over rounds, with what they exceed
+with 95 % confidence. Every text is held against plain decoding's.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ from benchmarks.sweep_inputs import read_prompts
 from benchmarks.timing import Contender, Job, Prompt, Sampled, race
 from benchmarks.variants import TASKS, Variant, Witness
 from config.errors import StartupError
-from config.setting_types import Dtype
-from config.settings import BUNDLED_CHECKPOINT, EngineSettings
+from config.settings import BUNDLED_CHECKPOINT, Dtype, EngineSettings
 from decoding.engine import Engine
 from decoding.messages import Drafter
 

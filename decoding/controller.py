@@ -74,9 +74,14 @@ class _Standing:
     num_rows: int
     steps_left: int
 
-    def serves(self, num_rows: int) -> bool:
-        """Whether it still stands."""
-        return self.steps_left > 0 and abs(num_rows - self.num_rows) <= _LIKE_ENOUGH * self.num_rows
+    def serves(self, rows: Sequence[DraftingRow], num_rows: int) -> bool:
+        """Whether it still stands: for about as many rows, of which new ones are like some it was made for."""
+        if self.steps_left <= 0 or abs(num_rows - self.num_rows) > _LIKE_ENOUGH * self.num_rows:
+            return False
+        if _USUAL in self.by_advantage:
+            return True
+        num_new = sum(row.record not in self.by_row for row in rows)
+        return num_new <= _LIKE_ENOUGH * self.num_rows
 
     def length(self, row: DraftingRow) -> int:
         """How much a row drafts."""
@@ -125,7 +130,7 @@ class Controller:
         """What promises most tokens a second; now and then something else, to learn whether it would."""
         self._num_steps += 1
         standing = self._standing.get(among)
-        if standing is None or not standing.serves(len(rows) + num_others):
+        if standing is None or not standing.serves(rows, len(rows) + num_others):
             standing = self._standing[among] = self._decide(rows, among, num_others)
         standing.steps_left -= 1
         if not among:
@@ -179,8 +184,10 @@ class Controller:
     def _decide(self, rows: Sequence[DraftingRow], among: ExitLayers, num_others: int) -> _Standing:
         self._record.refresh()
         advantages = advantages_of(row.record for row in rows)
-        longest = min(self._max_draft_length, max(row.limit for row in rows))
-        batch = Batch.of([advantage for _, advantage in advantages], longest=longest, num_others=num_others)
+        # Not as far as these rows may draft now: what is chosen serves the ones that come after them, too.
+        batch = Batch.of(
+            [advantage for _, advantage in advantages], longest=self._max_draft_length, num_others=num_others
+        )
         layers = among or self._layers_to_weigh()
         candidates = {layer: self._weigher.best_at(layer, batch) for layer in layers}
         best = max(candidates.values(), key=self._worth)
