@@ -3,12 +3,12 @@
 At each concurrency a short scan finds the best static exit layer and draft length. Then, in every round, "auto",
 plain decoding and that static setting run the same prompts in turns, the order changing from round to round; each
 keeps so many requests under way, the first of them at different points of their texts, and where one ends the
-next begins. "auto" and plain decoding share one engine with its controller for the whole program, as the requests
-of a server do; what is static runs in a second engine, so that the controller learns nothing from it; instead
-"auto" runs the scan's prompts as often as settings were tried on them: neither is chosen in the first minute.
-Tokens over time are counted, prompts included, until no request is left to begin: a batch that runs dry says more
-of who ends unevenly than of a server that has more to do. Ratios are medians over rounds, with what they exceed
-with 95 % confidence. Every text is held against plain decoding's.
+next begins. Each has an engine of its own for the whole program, as a server that decodes so all day: what steps
+take there, and with that how much of a prompt joins them, is learned from its own. "auto" runs the scan's prompts
+as often as static settings were tried on them: neither is chosen in the first minute. Tokens over time are
+counted, prompts included, until no request is left to begin: a batch that runs dry says more of who ends unevenly
+than of a server that has more to do. Ratios are medians over rounds, with what they exceed with 95 % confidence.
+Every text is held against plain decoding's.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Two engines on one checkpoint, and what is measured on them."""
+    """Three engines on one checkpoint, and what is measured on them."""
 
-    shared: Driver
+    auto: Driver
+    plain: Driver
     static: Driver
     peer: TransformersContinuous | None
     peer_concurrency: int
@@ -81,7 +82,7 @@ class Bench:
     def contest(self, concurrency: int, sampled: Sampled, bar: tqdm) -> Contest:
         """Scan, then all rounds."""
         warm_up = self.work.job(0, concurrency, sampled, tokens=_WARM_UP_TOKENS)
-        for driver, drafting in ((self.shared, AUTO), (self.shared, PLAIN), (self.static, self.grid[0])):
+        for driver, drafting in ((self.auto, AUTO), (self.plain, PLAIN), (self.static, self.grid[0])):
             driver.run(warm_up, drafting, concurrency=concurrency)
         scan = self._scan(concurrency, sampled, bar)
         self._learn(concurrency, sampled, bar)
@@ -90,8 +91,8 @@ class Bench:
         for number in range(self.work.rounds):
             job = self.work.job(number, concurrency, sampled)
             sides = [
-                ("auto", self.shared, AUTO),
-                ("plain", self.shared, PLAIN),
+                ("auto", self.auto, AUTO),
+                ("plain", self.plain, PLAIN),
                 ("static", self.static, best),
             ]
             start = number % len(sides)
@@ -121,7 +122,7 @@ class Bench:
         """As many runs for "auto" as the search for the best static setting took, of the same prompts."""
         for number in range(self.scan_passes):
             job = self.work.job(number % _SCAN_ROUNDS, concurrency, sampled, tokens=self.work.scan_tokens)
-            self.shared.run(job, AUTO, concurrency=concurrency)
+            self.auto.run(job, AUTO, concurrency=concurrency)
             bar.update()
 
     def _scanned(
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for concurrency in options.concurrency:
                 bar.set_postfix_str(f"{sampled.label}, {concurrency} at once", refresh=False)
                 contests.append(bench.contest(concurrency, sampled, bar))
-    bench.shared.engine.check_integrity()
+    bench.auto.engine.check_integrity()
     document = {
         "benchmark": "concurrency",
         "hardware": hardware(),
@@ -176,10 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def prepare(options: argparse.Namespace) -> Bench:
     """Load both engines, and the peer if it is asked for. Raises StartupError."""
     most = max(options.concurrency)
-    shared, static = (Driver(Engine.load(_settings(options, most, **fixed)), count()) for fixed in _ENGINES)
-    tokenizer = Tokenizer.from_str(shared.engine.ready.text.tokenizer_json)
+    auto, plain, static = (
+        Driver(Engine.load(_settings(options, most, **fixed)), count()) for fixed in _ENGINES
+    )
+    tokenizer = Tokenizer.from_str(auto.engine.ready.text.tokenizer_json)
     prompts = tuple(Prompt(index, tuple(tokenizer.encode(text).ids)) for index, text in enumerate(_texts()))
-    num_layers = shared.engine.ready.limits.num_layers
+    num_layers = auto.engine.ready.limits.num_layers
     layers = options.exit_layers or sorted(
         {min(max(1, round(d * num_layers)), num_layers - 1) for d in _DEPTHS}
     )
@@ -190,7 +193,8 @@ def prepare(options: argparse.Namespace) -> Bench:
             options.model, dtype=options.dtype, rows=options.peer_concurrency, longest=longest
         )
     return Bench(
-        shared=shared,
+        auto=auto,
+        plain=plain,
         static=static,
         peer=peer,
         peer_concurrency=options.peer_concurrency,
@@ -199,8 +203,9 @@ def prepare(options: argparse.Namespace) -> Bench:
     )
 
 
-_ENGINES: Final[tuple[dict[str, int], ...]] = ({}, {"exit_layer": 1, "draft_length": 1})
-"""The first one's controller chooses; the second, with nothing left to choose, has none."""
+_FIXED: Final = {"exit_layer": 1, "draft_length": 1}
+_ENGINES: Final[tuple[dict[str, int], ...]] = ({}, _FIXED, _FIXED)
+"""The first one's controller chooses; the others, with nothing left to choose, have none."""
 
 
 def _settings(options: argparse.Namespace, most: int, **fixed: int) -> EngineSettings:
