@@ -9,15 +9,13 @@ Shapes: N tokens, V vocabulary.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from decoding.host_choice import choose_on_host
 from decoding.kernel_devices import takes_kernels
 from decoding.logits import Sampling, process
 from decoding.messages import SamplingParams
 from decoding.noise import gumbel_noise
-from decoding.nucleus import choose_among_best
 
 
 def choose(logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor:
@@ -30,26 +28,15 @@ def choose(logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor
         return logits_NV.argmax(-1)
     if takes_kernels(logits_NV):
         return _choose_by_kernels(logits_NV, sampling, positions_N)
-    if sampling.all_narrow and logits_NV.device.type == "cpu":
-        return _choose_narrowly(logits_NV, sampling, positions_N)
+    if sampling.is_filtered and sampling.on_host:
+        return choose_on_host(logits_NV, sampling, positions_N)
     return _choose_among_all(logits_NV, sampling, positions_N)
-
-
-def _choose_narrowly(logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor:
-    """Among the best tokens of each row, and among all where filters leave more than those."""
-    chosen_N, is_found_N = choose_among_best(logits_NV, sampling, positions_N)
-    tokens_N = torch.from_numpy(chosen_N)
-    if not is_found_N.all():
-        left_M = torch.from_numpy(np.flatnonzero(~is_found_N))
-        tokens_N[left_M] = _choose_among_all(logits_NV[left_M], sampling.take(left_M), positions_N[left_M])
-    return tokens_N
 
 
 def _choose_by_kernels(logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor:
     from decoding import sampling_triton
 
-    is_filtered = sampling.any_truncated or sampling.any_min_p
-    scores_NV = process(logits_NV, sampling) if is_filtered else None
+    scores_NV = process(logits_NV, sampling) if sampling.is_filtered else None
     return sampling_triton.choose(logits_NV, scores_NV, sampling, positions_N)
 
 

@@ -209,5 +209,5 @@ def _idle_sampling(num_rows: int, device: torch.device) -> Sampling:
         any_truncated=True,
         any_top_k=True,
         any_min_p=True,
-        all_narrow=False,
+        on_host=False,
     )

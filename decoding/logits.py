@@ -25,8 +25,8 @@ _FIRST_RANKED: Final = 256
 class Sampling:
     """Sampling parameters of N tokens as columns, and what the whole batch can skip.
 
-    `keys_2N` holds the seeds as the noise uses them; `top_ks_N` is int64 with 0 for off; the rest float64. They
-    are `all_narrow` if each is greedy or has top-k or top-p, and none min-p.
+    `keys_2N` holds the seeds as the noise uses them; `top_ks_N` is int64 with 0 for off; the rest float64. Where
+    they are `on_host`, NumPy may read them.
     """
 
     temperatures_N: Tensor
@@ -39,7 +39,7 @@ class Sampling:
     any_truncated: bool
     any_top_k: bool
     any_min_p: bool
-    all_narrow: bool
+    on_host: bool
 
     @classmethod
     def of(cls, params: list[SamplingParams], seeds: list[int], device: torch.device) -> Sampling:
@@ -61,8 +61,13 @@ class Sampling:
             any_truncated=bool((truncated & sampled).any()),
             any_top_k=bool(((table[:, 1] > 0) & sampled).any()),
             any_min_p=any_min_p,
-            all_narrow=not any_min_p and bool((truncated | ~sampled).all()),
+            on_host=device.type == "cpu",
         )
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether any filter drops tokens of any row."""
+        return self.any_truncated or self.any_min_p
 
     def take(self, index_M: Tensor) -> Sampling:
         """The columns at `index_M` (int64, repeats allowed), in that order."""

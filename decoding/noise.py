@@ -57,18 +57,23 @@ def gumbel_noise(keys_2N: Tensor, positions_N: Tensor, vocab_size: int, *, dtype
 
 
 def gumbel_noise_of(
-    ids_NW: Ints, keys_2N: NDArray[np.int32], positions_N: Ints, *, dtype: np.dtype[np.floating]
+    ids_M: Ints, rows_M: Ints, keys_2N: NDArray[np.int32], positions_N: Ints, *, dtype: np.dtype[np.floating]
 ) -> NDArray[np.floating]:
-    """The same noise of these token ids alone, [N, W], in NumPy: for few ids on a CPU."""
+    """The same noise of these token ids of these rows alone, [M], in NumPy: for few ids on a CPU."""
     first_N, second_N = _mix_words(keys_2N.view(np.uint32) + positions_N.astype(np.uint32))
-    bits_NW = _mix_words(ids_NW.astype(np.uint32)) ^ first_N[:, None]
-    bits_NW += second_N[:, None]
-    u_NW = _mix_words(bits_NW).view(np.int32).astype(dtype)
-    u_NW *= 2.0**-32
-    u_NW += 2.0**-33
-    u_NW += u_NW < 0
-    np.minimum(u_NW, 1 - np.finfo(dtype).eps / 2, out=u_NW)
-    return -np.log(-np.log1p(-u_NW))
+    bits_M = _mix_words(ids_M.astype(np.uint32))
+    bits_M ^= first_N[rows_M]
+    bits_M += second_N[rows_M]
+    u_M = _mix_words(bits_M).view(np.int32).astype(dtype)
+    u_M *= 2.0**-32
+    u_M += 2.0**-33
+    u_M += u_M < 0
+    np.minimum(u_M, 1 - np.finfo(dtype).eps / 2, out=u_M)
+    np.negative(u_M, out=u_M)
+    np.log1p(u_M, out=u_M)
+    np.negative(u_M, out=u_M)
+    np.log(u_M, out=u_M)
+    return np.negative(u_M, out=u_M)
 
 
 def _mix_words(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
