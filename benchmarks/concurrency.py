@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepare(options: argparse.Namespace) -> Bench:
-    """Load both engines, and the peer if it is asked for. Raises StartupError."""
+    """Load the three engines, and the peer if it is asked for. Raises StartupError."""
     most = max(options.concurrency)
     auto, plain, static = (
         Driver(Engine.load(_settings(options, most, **fixed)), count()) for fixed in _ENGINES

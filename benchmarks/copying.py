@@ -28,7 +28,6 @@ from decoding.engine import Engine
 from decoding.messages import Drafter
 
 _CONTEXT: Final = 1024
-_PLAIN: Final = "plain"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _variants(engine: Engine) -> Iterator[Variant]:
     ids = count()
-    yield Variant(_PLAIN, engine, ids, Drafter.NONE, 1, 0)
+    yield Variant("plain", engine, ids, Drafter.NONE, 1, 0)
     yield Variant("lookup, auto", engine, ids, Drafter.LOOKUP, None, None)
     yield Variant("hybrid, auto", engine, ids, Drafter.HYBRID, None, None)
 

@@ -120,8 +120,7 @@ class Controller:
         self._is_plain = False
         self._num_drafts = 0
         self._num_lookups = 0
-        self._num_observed = 0
-        self._observes = True
+        self._num_outcomes = 0
         self._first_exit_layer = first_exit_layer
         self.exit_layer = first_exit_layer
         self.pays = True
@@ -168,18 +167,21 @@ class Controller:
 
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
-        self._num_observed += 1
-        self._observes = self._num_observed <= _FIRST_STEPS or self._num_observed % _OBSERVED_STEPS == 0
-        if not self._observes:
-            return
-        self._costs.observe(
-            outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
-        )
+        self._num_outcomes += 1
+        if self._observes:
+            self._costs.observe(
+                outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
+            )
 
     def host_took(self, num_rows: int, host_s: float) -> None:
         """Keep the costs current."""
         if self._observes:
             self._costs.observe_host(num_rows, host_s)
+
+    @property
+    def _observes(self) -> bool:
+        """Whether the times of the latest step are learned from."""
+        return self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0
 
     def _decide(self, rows: Sequence[DraftingRow], among: ExitLayers, num_others: int) -> _Standing:
         self._record.refresh()
@@ -221,7 +223,7 @@ class Controller:
         settled = self._settled.get(among)
         if settled is None or not set(batch.advantages) <= settled.by_advantage.keys():
             return found
-        lengths = tuple(min(settled.by_advantage[advantage], batch.longest) for advantage in batch.advantages)
+        lengths = tuple(settled.by_advantage[advantage] for advantage in batch.advantages)
         known = self._weigher.rated(Candidate(settled.exit_layer, lengths, 0.0), batch)
         return found if found.rate > _WORTH_CHANGING * known.rate else known
 

@@ -90,10 +90,7 @@ class StepCosts:
 
     def verify_s(self, exit_layer: int, num_rows: int, num_tokens_M: Counts) -> Floats:
         """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at `exit_layer`."""
-        place = _place_of(num_rows)
-        low = min(int(place), len(ROWS) - 2)
-        table_RW = self._verify_s_RWL[..., exit_layer]
-        of_rows_W: Floats = table_RW[low] + (place - low) * (table_RW[low + 1] - table_RW[low])
+        of_rows_W = _between(self._verify_s_RWL[..., exit_layer], num_rows)
         seconds_M: Floats = np.interp(num_tokens_M / num_rows, WIDTHS, of_rows_W)
         return seconds_M
 
@@ -103,10 +100,7 @@ class StepCosts:
 
     def host_s(self, num_rows: int) -> float:
         """Seconds of a step beside drafting and verifying."""
-        place = _place_of(num_rows)
-        low = min(int(place), len(ROWS) - 2)
-        fewer_s, more_s = float(self._host_s_R[low]), float(self._host_s_R[low + 1])
-        return fewer_s + (place - low) * (more_s - fewer_s)
+        return float(_between(self._host_s_R, num_rows))
 
     def observe_host(self, num_rows: int, host_s: float) -> None:
         """Learn from any step; one that was held up counts little."""
@@ -157,7 +151,15 @@ def _place(num_rows: Counts) -> Floats:
 
 def _place_of(num_rows: int) -> float:
     """The same of one number."""
-    return min(max(math.log2(max(num_rows, 1)), 0.0), len(ROWS) - 1.0)
+    return min(math.log2(max(num_rows, 1)), len(ROWS) - 1.0)
+
+
+def _between(table_R: Floats, num_rows: int) -> Floats:
+    """What a table says of this number of rows: `table_R[r]` for any r, further axes kept."""
+    place = _place_of(num_rows)
+    low = min(int(place), len(ROWS) - 2)
+    between: Floats = table_R[low] + (place - low) * (table_R[low + 1] - table_R[low])
+    return between
 
 
 def _verify_table(measured: Sequence[StepTime]) -> Floats:
@@ -206,7 +208,7 @@ def _draft_steps(
             row = ROWS.index(step.num_rows)
             step_s_R[row] = min(step_s_R[row], step.draft_s)
     is_known_R = np.isfinite(step_s_R)
-    share_R = np.interp(np.arange(len(ROWS)), np.flatnonzero(is_known_R), (step_s_R / plain_s_R)[is_known_R])
+    share_R = np.interp(_PLACES, np.flatnonzero(is_known_R), (step_s_R / plain_s_R)[is_known_R])
     step_s_R = np.minimum(share_R, 1.0) * plain_s_R
     layer_s_R = np.minimum((plain_s_R - step_s_R) / (num_layers - exit_layer), step_s_R / exit_layer)
     layer_s_R = np.maximum(layer_s_R, _LEAST_S)
@@ -217,7 +219,7 @@ def _at_every_exit(
     table_RW: Floats, head_s_R: Floats, layer_s_R: Floats, measured_at: int, num_layers: int
 ) -> Floats:
     """Verification at each exit layer 0 … L − 1; plain steps, of width 1, cost the same at all."""
-    head_s_RW = np.interp(_place(np.outer(ROWS, WIDTHS)), np.arange(len(ROWS)), head_s_R)
+    head_s_RW = np.interp(_place(np.outer(ROWS, WIDTHS)), _PLACES, head_s_R)
     alone_s_RW = layer_s_R[:, None]
     late_s_RW = (table_RW - measured_at * alone_s_RW - head_s_RW) / (num_layers - measured_at)
     late_s_RW = np.maximum(late_s_RW, alone_s_RW)

@@ -21,7 +21,8 @@ from decoding.step_costs import Counts, Floats, StepCosts
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows by how much likelier than others' their drafts are kept, and the most drafts any may make: C kinds.
+    """Rows by how much likelier than others' their drafts are kept, C kinds, and the most drafts any may make: one
+    row and one draft at least.
 
     Rows that are alike draft alike, which also computes faster than odd lengths do. `num_others` rows are in the
     step that do not draft with these.
@@ -80,8 +81,6 @@ class Weigher:
         """The best of those that make all drafts at this exit layer which are kept likely enough."""
         kept_CK = batch.kept_probabilities(self._record.curve(exit_layer))
         order_M = np.argsort(-kept_CK, axis=None, kind="stable")
-        if not len(order_M):
-            return self.rated(Candidate(exit_layer, (0,) * len(batch.advantages), 0.0), batch)
         kinds_M, positions_M = np.divmod(order_M, kept_CK.shape[1])
         rows_M = batch.counts_C[kinds_M]
         is_at_MK = positions_M[:, None] == np.arange(kept_CK.shape[1])
