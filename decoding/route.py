@@ -1,15 +1,16 @@
 """Which tokens of a step run in which layers: the indices that drafting and verification follow.
 
 Depends on a step's shape alone — tokens fed, draft lengths, exit layers, rough context lengths — and on no
-position or content, so that consecutive steps of the same rows share one route.
+position or content, so that steps of the same rows share few routes.
 
 Shapes: B rows, P rows still drafting, N tokens of a leg, M positions that choose, K drafts, Q = K + 1 choices.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import torch
@@ -93,14 +94,18 @@ class Route:
     num_drafts_B: Tensor
 
 
+_KEPT_ROUTES: Final = 64
+"""Rows that draft now more, now less come back to shapes that they had: more than so many are seldom met again."""
+
+
 class Routes:
-    """Makes routes, and keeps the latest: while a batch decodes, step after step has the same shape."""
+    """Makes routes, and keeps the latest: while a batch decodes, steps have few shapes."""
 
     def __init__(self, attention: Attention, *, num_layers: int, device: torch.device) -> None:
         self._attention = attention
         self._num_layers = num_layers
         self._device = device
-        self._latest: tuple[tuple[bytes, ...], Route] | None = None
+        self._kept: OrderedDict[tuple[bytes, ...], Route] = OrderedDict()
 
     def of(self, plan: Plan) -> Route:
         """The route of this plan."""
@@ -115,9 +120,11 @@ class Routes:
             classes_B,
         )
         shape = tuple(array.tobytes() for array in arrays)
-        if self._latest is None or self._latest[0] != shape:
-            self._latest = (shape, self._make(plan, classes_B))
-        return self._latest[1]
+        route = self._kept.pop(shape, None) or self._make(plan, classes_B)
+        self._kept[shape] = route
+        if len(self._kept) > _KEPT_ROUTES:
+            self._kept.popitem(last=False)
+        return route
 
     def _make(self, plan: Plan, classes_B: Ints) -> Route:
         lengths_B = plan.draft_lengths_B
