@@ -2,7 +2,7 @@
 
 Knows counts that fade; knows no costs.
 
-Shapes: K draft positions.
+Shapes: L exit layers, K draft positions.
 """
 
 from __future__ import annotations
@@ -137,6 +137,10 @@ class AcceptanceRecord:
             self._curves[exit_layer] = self._estimate(exit_layer)
         return self._curves[exit_layer]
 
+    def curves(self, exit_layers: Sequence[int]) -> Floats:
+        """The curves of several exit layers, [L, K]."""
+        return np.stack([self.curve(layer) for layer in exit_layers])
+
     def expected(self, exit_layer: int) -> Sequence[float]:
         """How many of the first 0 … K drafts are kept, if all of them are reached."""
         if exit_layer not in self._expected:
@@ -144,15 +148,16 @@ class AcceptanceRecord:
         return self._expected[exit_layer]
 
     def _estimate(self, exit_layer: int) -> Floats:
-        reached_K, kept_K = self._reached_LK[exit_layer], self._kept_LK[exit_layer]
-        curve_K: Floats = np.empty_like(reached_K)
+        # In Python's numbers: a handful of them, one after the other.
+        reached_K, kept_K = self._reached_LK[exit_layer].tolist(), self._kept_LK[exit_layer].tolist()
+        curve = []
         # A position that few drafts reached is taken to be like the one before it.
-        guess = self._guess(exit_layer)
-        for position, (reached, kept) in enumerate(zip(reached_K, kept_K, strict=True)):
-            prior = _PRIOR if position else _FIRST_PRIOR
+        guess, prior = self._guess(exit_layer), _FIRST_PRIOR
+        for reached, kept in zip(reached_K, kept_K, strict=True):
             guess = min((kept + prior * guess) / (reached + prior), SUREST)
-            curve_K[position] = guess
-        return curve_K
+            curve.append(guess)
+            prior = _PRIOR
+        return np.array(curve)
 
     def _guess(self, exit_layer: int) -> float:
         """First-draft acceptance, from the nearest other exit layer that was tried.

@@ -191,13 +191,9 @@ class Controller:
             [advantage for _, advantage in advantages], longest=self._max_draft_length, num_others=num_others
         )
         layers = among or self._layers_to_weigh()
-        candidates = {layer: self._weigher.best_at(layer, batch) for layer in layers}
-        best = max(candidates.values(), key=self._worth)
-        if not best.drafts:
-            # All promise the same then: what one draft would promise tells where to look again.
-            one = (1,) * len(batch.advantages)
-            best = max((self._weigher.rated(Candidate(e, one, 0.0), batch) for e in layers), key=self._worth)
-        plain = self._weigher.rated(Candidate(best.exit_layer, (0,) * len(batch.advantages), 0.0), batch)
+        candidates = self._weigher.best_at(layers, batch)
+        best = max(candidates, key=self._worth)
+        plain = self._weigher.plain(best.exit_layer, batch)
         found = best if best.rate > _MARGIN * plain.rate else plain
         chosen = self._unless_like(among, found, batch)
         drafts = chosen.drafts
@@ -224,7 +220,7 @@ class Controller:
         if settled is None or not set(batch.advantages) <= settled.by_advantage.keys():
             return found
         lengths = tuple(settled.by_advantage[advantage] for advantage in batch.advantages)
-        known = self._weigher.rated(Candidate(settled.exit_layer, lengths, 0.0), batch)
+        known = self._weigher.rated(settled.exit_layer, lengths, batch)
         return found if found.rate > _WORTH_CHANGING * known.rate else known
 
     def _layers_to_weigh(self) -> Sequence[int]:
@@ -244,18 +240,15 @@ class Controller:
             self._probe_steps = _SOON_STEPS
 
     def _other(
-        self, best: Candidate, plain: Candidate, candidates: dict[int, Candidate], *, drafts: bool
+        self, best: Candidate, plain: Candidate, candidates: Sequence[Candidate], *, drafts: bool
     ) -> Candidate:
         """Something else than what is chosen, worth learning about."""
         if not drafts:
             # Are they kept by now, and cost what they did? What was seen long ago says less of that.
             self._record.fade()
             return best if self.pays else replace(plain, lengths=(1,) * len(plain.lengths))
-        layers = sorted(candidates)
-        place = layers.index(best.exit_layer)
-        beside = [
-            candidates[layer] for layer in layers[max(0, place - 1) : place + 2] if layer != best.exit_layer
-        ]
+        place = candidates.index(best)
+        beside = [*candidates[max(0, place - 1) : place], *candidates[place + 1 : place + 2]]
         hopeful = [other for other in beside if other.rate > _WORTH_TRYING * best.rate]
         least_known = min(hopeful, key=lambda other: self._record.weight(other.exit_layer), default=None)
         self._is_plains_turn = not self._is_plains_turn

@@ -2,7 +2,7 @@
 
 Knows times and shapes of steps; knows no model and no clock.
 
-Shapes: R numbers of rows, W widths (tokens of a row that one pass verifies), L layers, M candidates.
+Shapes: R numbers of rows, W widths (tokens of a row that one pass verifies). What is asked for has any shape.
 """
 
 from __future__ import annotations
@@ -55,17 +55,23 @@ class StepCosts:
     """Expected seconds of draft steps, of verification passes and of the host beside them; `observe` and
     `observe_host` keep them true to what steps take.
 
-    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`. Verifying costs what was measured at one
-    exit layer; at another, each layer more or less is one that the pass runs over the last draft alone instead of
-    over all positions.
+    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`. Verifying w tokens of each costs
+    `verify[r, w] − E · saved[r, w]`: in each layer before the exit the pass runs over the last draft alone instead
+    of over all positions.
     """
 
     def __init__(
-        self, head_s_R: Floats, layer_s_R: Floats, verify_s_LRW: Floats, host_s_R: Floats | None = None
+        self,
+        head_s_R: Floats,
+        layer_s_R: Floats,
+        verify_s_RW: Floats,
+        saved_s_RW: Floats,
+        host_s_R: Floats | None = None,
     ) -> None:
         self._head_s_R = head_s_R
         self._layer_s_R = layer_s_R
-        self._verify_s_RWL = np.moveaxis(verify_s_LRW, 0, 2).copy()
+        self._verify_s_RW = verify_s_RW
+        self._saved_s_RW = saved_s_RW
         self._host_s_R = np.zeros(len(ROWS)) if host_s_R is None else host_s_R
         self._num_drafted_R = np.zeros(len(ROWS), dtype=np.int64)
         self._num_verified_RW = np.zeros((len(ROWS), len(WIDTHS)), dtype=np.int64)
@@ -80,19 +86,21 @@ class StepCosts:
         (exit_layer,) = {step.exit_layer for step in measured if step.draft_length}
         table_RW = _carried_on(_verify_table(measured))
         head_s_R, layer_s_R = _draft_steps(measured, exit_layer, table_RW[:, 0], num_layers)
-        verify_s_LRW = _at_every_exit(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
-        return cls(head_s_R, layer_s_R, verify_s_LRW, _host_s(measured))
+        saved_s_RW = _saved(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
+        return cls(head_s_R, layer_s_R, table_RW + exit_layer * saved_s_RW, saved_s_RW, _host_s(measured))
 
-    def draft_s(self, exit_layer: int, num_rows: Counts) -> Floats:
-        """Seconds of one draft step of each of these numbers of rows; 0 for no rows."""
-        step_s_R = self._head_s_R + exit_layer * self._layer_s_R
-        return np.where(num_rows > 0, np.interp(_place(num_rows), _PLACES, step_s_R), 0.0)
+    def draft_s(self, exit_layers: Counts | int, num_rows: Counts) -> Floats:
+        """Seconds of one draft step of each of these numbers of rows at these exit layers; 0 for no rows."""
+        places = _place(num_rows)
+        head_s, layer_s = (np.interp(places, _PLACES, each_R) for each_R in (self._head_s_R, self._layer_s_R))
+        step_s: Floats = (head_s + exit_layers * layer_s) * (num_rows > 0)
+        return step_s
 
-    def verify_s(self, exit_layer: int, num_rows: int, num_tokens_M: Counts) -> Floats:
-        """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at `exit_layer`."""
-        of_rows_W = _between(self._verify_s_RWL[..., exit_layer], num_rows)
-        seconds_M: Floats = np.interp(num_tokens_M / num_rows, WIDTHS, of_rows_W)
-        return seconds_M
+    def verify_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
+        """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at these exit layers."""
+        widths = num_tokens / num_rows
+        whole_s: Floats = np.interp(widths, WIDTHS, _between(self._verify_s_RW, num_rows))
+        return whole_s - exit_layers * np.interp(widths, WIDTHS, _between(self._saved_s_RW, num_rows))
 
     def plain_s(self, num_rows: int) -> float:
         """Seconds of a step that gives each row one token without drafts."""
@@ -128,7 +136,7 @@ class StepCosts:
         surprise = verify_s / float(self.verify_s(exit_layer, num_rows, num_tokens))
         row = round(_place_of(num_rows))
         width = int(np.abs(np.array(WIDTHS) - num_tokens / num_rows).argmin())
-        _believe(surprise, (self._verify_s_RWL,), (row, width), self._num_verified_RW)
+        _believe(surprise, (self._verify_s_RW, self._saved_s_RW), (row, width), self._num_verified_RW)
 
 
 def _believe(
@@ -215,15 +223,13 @@ def _draft_steps(
     return np.maximum(step_s_R - exit_layer * layer_s_R, _LEAST_S), layer_s_R
 
 
-def _at_every_exit(
+def _saved(
     table_RW: Floats, head_s_R: Floats, layer_s_R: Floats, measured_at: int, num_layers: int
 ) -> Floats:
-    """Verification at each exit layer 0 … L − 1; plain steps, of width 1, cost the same at all."""
+    """What each layer before the exit saves a pass: all positions but one. Plain steps save nothing."""
     head_s_RW = np.interp(_place(np.outer(ROWS, WIDTHS)), _PLACES, head_s_R)
     alone_s_RW = layer_s_R[:, None]
     late_s_RW = (table_RW - measured_at * alone_s_RW - head_s_RW) / (num_layers - measured_at)
-    late_s_RW = np.maximum(late_s_RW, alone_s_RW)
-    early_L = np.arange(num_layers)[:, None, None]
-    verify_s_LRW: Floats = early_L * alone_s_RW + (num_layers - early_L) * late_s_RW + head_s_RW
-    verify_s_LRW[:, :, 0] = table_RW[:, 0]
-    return verify_s_LRW
+    saved_s_RW: Floats = np.maximum(late_s_RW - alone_s_RW, 0.0)
+    saved_s_RW[:, 0] = 0.0
+    return saved_s_RW

@@ -2,14 +2,14 @@
 
 Knows expected costs and acceptance; knows neither tokens nor what was chosen before.
 
-Shapes: C kinds of rows, K draft positions, M candidates.
+Shapes: L exit layers that are weighed, C kinds of rows, K draft positions, M candidates.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median_high
 from typing import Self
 
@@ -35,21 +35,22 @@ class Batch:
 
     @classmethod
     def of(cls, advantages: Sequence[float], *, longest: int, num_others: int) -> Self:
-        """The kinds of row in a batch."""
+        """The kinds of row in a batch, the likeliest first."""
         counts = Counter(advantages)
-        counts_C = np.array(list(counts.values()), dtype=np.int64)
-        return cls(tuple(counts), counts_C, longest, num_others)
+        kinds = sorted(counts, reverse=True)
+        counts_C = np.array([counts[advantage] for advantage in kinds], dtype=np.int64)
+        return cls(tuple(kinds), counts_C, longest, num_others)
 
     @property
     def num_rows(self) -> int:
         """Rows of all kinds, and others."""
         return int(self.counts_C.sum()) + self.num_others
 
-    def kept_probabilities(self, curve_K: Floats) -> Floats:
-        """Probability that a run of drafts is kept up to each position, [C, K]."""
-        each_CK = np.minimum(np.array(self.advantages)[:, None] * curve_K[: self.longest], SUREST)
-        kept_CK: Floats = each_CK.cumprod(axis=1)
-        return kept_CK
+    def kept_probabilities(self, curves_LK: Floats) -> Floats:
+        """Probability that a run of drafts is kept up to each position, [L, C, K]."""
+        curves_L1K = curves_LK[:, None, : self.longest]
+        kept_LCK: Floats = np.minimum(np.array(self.advantages)[:, None] * curves_L1K, SUREST)
+        return kept_LCK.cumprod(axis=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,41 +78,52 @@ class Weigher:
         self._costs = costs
         self._record = record
 
-    def best_at(self, exit_layer: int, batch: Batch) -> Candidate:
-        """The best of those that make all drafts at this exit layer which are kept likely enough."""
-        kept_CK = batch.kept_probabilities(self._record.curve(exit_layer))
-        order_M = np.argsort(-kept_CK, axis=None, kind="stable")
-        kinds_M, positions_M = np.divmod(order_M, kept_CK.shape[1])
-        rows_M = batch.counts_C[kinds_M]
-        is_at_MK = positions_M[:, None] == np.arange(kept_CK.shape[1])
-        drafting_MK: Counts = (rows_M[:, None] * is_at_MK).cumsum(axis=0)
-        num_tokens_M = batch.num_rows + rows_M.cumsum()
-        expected_M = batch.num_rows + (rows_M * kept_CK.ravel()[order_M]).cumsum()
-        rates_M = expected_M / self._seconds(exit_layer, batch.num_rows, drafting_MK, num_tokens_M)
-        best = int(rates_M.argmax())
-        lengths = np.bincount(kinds_M[: best + 1], minlength=len(batch.advantages)).tolist()
-        return Candidate(exit_layer, tuple(lengths), float(rates_M[best]))
+    def best_at(self, exit_layers: Sequence[int], batch: Batch) -> list[Candidate]:
+        """For each exit layer the best of those that make all drafts which are kept likely enough."""
+        kept_LCK = batch.kept_probabilities(self._record.curves(exit_layers))
+        kept_LM = kept_LCK.reshape(len(exit_layers), -1)
+        order_LM = np.argsort(-kept_LM, axis=1, kind="stable")
+        kinds_LM = order_LM // kept_LCK.shape[2]
+        rows_LM = batch.counts_C[kinds_LM]
+        # The kinds that draft at a position at all are the likeliest ones: each adds to what those before it cost.
+        layers_L1 = np.array(exit_layers)[:, None]
+        added_s_LC = np.diff(self._costs.draft_s(layers_L1, batch.counts_C.cumsum()), axis=1, prepend=0.0)
+        draft_s_LM = np.take_along_axis(added_s_LC, kinds_LM, axis=1).cumsum(axis=1)
+        num_tokens_LM = batch.num_rows + rows_LM.cumsum(axis=1)
+        in_order_LM = np.take_along_axis(kept_LM, order_LM, axis=1)
+        expected_LM = batch.num_rows + (rows_LM * in_order_LM).cumsum(axis=1)
+        rates_LM = expected_LM / (draft_s_LM + self._other_s(layers_L1, batch.num_rows, num_tokens_LM))
+        num_kinds = len(batch.advantages)
+        return [
+            Candidate(
+                layer,
+                tuple(np.bincount(kinds_M[: best + 1], minlength=num_kinds).tolist()),
+                float(rates_M[best]),
+            )
+            for layer, kinds_M, rates_M, best in zip(
+                exit_layers, kinds_LM, rates_LM, rates_LM.argmax(axis=1).tolist(), strict=True
+            )
+        ]
 
-    def rated(self, candidate: Candidate, batch: Batch) -> Candidate:
-        """The same with the rate it promises this batch."""
-        kept_CK = batch.kept_probabilities(self._record.curve(candidate.exit_layer))
-        is_made_CK = np.arange(batch.longest) < np.array(candidate.lengths)[:, None]
+    def plain(self, exit_layer: int, batch: Batch) -> Candidate:
+        """No drafts."""
+        seconds = self._costs.plain_s(batch.num_rows) + self._costs.host_s(batch.num_rows)
+        return Candidate(exit_layer, (0,) * len(batch.advantages), batch.num_rows / seconds)
+
+    def rated(self, exit_layer: int, lengths: tuple[int, ...], batch: Batch) -> Candidate:
+        """These draft lengths at this exit layer, and the rate they promise this batch."""
+        (kept_CK,) = batch.kept_probabilities(self._record.curves([exit_layer]))
+        is_made_CK = np.arange(batch.longest) < np.array(lengths)[:, None]
         made_CK = is_made_CK * batch.counts_C[:, None]
-        num_tokens_M = np.array([batch.num_rows + made_CK.sum()])
-        seconds_M = self._seconds(
-            candidate.exit_layer, batch.num_rows, made_CK.sum(axis=0)[None], num_tokens_M
+        drafting_K = made_CK.sum(axis=0)
+        seconds = self._costs.draft_s(exit_layer, drafting_K).sum() + self._other_s(
+            exit_layer, batch.num_rows, np.array(batch.num_rows + drafting_K.sum())
         )
-        expected = batch.num_rows + float((made_CK * kept_CK).sum())
-        return replace(candidate, rate=expected / float(seconds_M[0]))
+        return Candidate(exit_layer, lengths, float((batch.num_rows + (made_CK * kept_CK).sum()) / seconds))
 
-    def _seconds(self, exit_layer: int, num_rows: int, drafting_MK: Counts, num_tokens_M: Counts) -> Floats:
-        """Seconds of steps with so many rows drafting at each position and so many tokens to verify."""
-        seconds_M: Floats = self._costs.draft_s(exit_layer, drafting_MK).sum(axis=1)
-        return (
-            seconds_M
-            + self._costs.verify_s(exit_layer, num_rows, num_tokens_M)
-            + self._costs.host_s(num_rows)
-        )
+    def _other_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
+        """Seconds of steps beside drafting, with so many tokens to verify."""
+        return self._costs.verify_s(exit_layers, num_rows, num_tokens) + self._costs.host_s(num_rows)
 
 
 def advantages_of(records: Iterable[RowRecord]) -> list[tuple[RowRecord, float]]:
