@@ -19,10 +19,18 @@ _Key = tuple[int, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """Blocks that hold the start of a prompt, and the chain they end on."""
+    """Blocks that hold the start of a prompt, and the chain that ended with each when they were found."""
 
     block_ids: tuple[int, ...] = ()
-    chain: int = ROOT
+    chains: tuple[int, ...] = ()
+
+    @property
+    def chain(self) -> int:
+        """What stands for all of them."""
+        return self.chains[-1] if self.chains else ROOT
+
+
+_NOTHING: Final = PrefixHit()
 
 
 class BlockPool:
@@ -42,6 +50,7 @@ class BlockPool:
         self._num_owners = [0] * num_blocks
         self._published: dict[_Key, tuple[int, int]] = {}
         self._key_of: dict[int, _Key] = {}
+        self._chain_of: dict[int, int] = {}
         self._next_chain = ROOT + 1
 
     @property
@@ -54,17 +63,30 @@ class BlockPool:
         """Blocks with an owner."""
         return self.num_blocks - len(self._free)
 
-    def find_prefix(self, token_ids: TokenIds[int], *, max_tokens: int) -> PrefixHit:
-        """The longest run of published blocks that starts `token_ids`, of at most `max_tokens` tokens."""
-        block_ids: list[int] = []
-        chain = ROOT
-        for end in range(self.block_size, max_tokens + 1, self.block_size):
-            found = self._published.get((chain, tuple(token_ids[end - self.block_size : end])))
+    def find_prefix(
+        self, token_ids: TokenIds[int], *, max_tokens: int, before: PrefixHit = _NOTHING
+    ) -> PrefixHit:
+        """The longest run of published blocks that starts `token_ids`, of at most `max_tokens` tokens.
+
+        `before` is what an earlier look found of the same ids: what is still there of it is not hashed again.
+        """
+        size = self.block_size
+        num_known = min(self._num_still_published(before), max_tokens // size)
+        block_ids, chains = list(before.block_ids[:num_known]), list(before.chains[:num_known])
+        for end in range((num_known + 1) * size, max_tokens + 1, size):
+            found = self._published.get((chains[-1] if chains else ROOT, tuple(token_ids[end - size : end])))
             if found is None:
                 break
-            block_id, chain = found
-            block_ids.append(block_id)
-        return PrefixHit(block_ids=tuple(block_ids), chain=chain)
+            block_ids.append(found[0])
+            chains.append(found[1])
+        return PrefixHit(block_ids=tuple(block_ids), chains=tuple(chains))
+
+    def _num_still_published(self, hit: PrefixHit) -> int:
+        """How many of the hit's first blocks hold what they held: a chain's number is never given again."""
+        for index, (block_id, chain) in enumerate(zip(hit.block_ids, hit.chains, strict=True)):
+            if self._chain_of.get(block_id) != chain:
+                return index
+        return len(hit.block_ids)
 
     def num_allocatable_beside(self, hit: PrefixHit) -> int:
         """How many blocks could be allocated once `hit` is acquired."""
@@ -85,7 +107,7 @@ class BlockPool:
             self._num_owners[block_id] = 1
             key = self._key_of.pop(block_id, None)
             if key is not None:
-                del self._published[key]
+                del self._published[key], self._chain_of[block_id]
         return block_ids
 
     def release(self, block_ids: Iterable[int]) -> None:
@@ -110,6 +132,7 @@ class BlockPool:
         self._next_chain += 1
         self._published[key] = (block_id, new_chain)
         self._key_of[block_id] = key
+        self._chain_of[block_id] = new_chain
         return new_chain
 
     def check_integrity(self, owned: Iterable[Iterable[int]]) -> None:
@@ -117,9 +140,10 @@ class BlockPool:
         counted = Counter(block_id for block_ids in owned for block_id in block_ids)
         assert [counted[block_id] for block_id in range(self.num_blocks)] == self._num_owners
         assert set(self._free) == {b for b, n in enumerate(self._num_owners) if n == 0}
-        assert {key: self._published[key][0] for key in self._published} == {
-            key: block_id for block_id, key in self._key_of.items()
+        assert self._published == {
+            key: (block_id, self._chain_of[block_id]) for block_id, key in self._key_of.items()
         }
+        assert self._chain_of.keys() == self._key_of.keys()
 
 
 def num_publishable(*, num_computed: int, block_size: int) -> int:

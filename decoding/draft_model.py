@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from decoding.attention import Arrangement, Attention, context_classes
-from decoding.edits import apply_edits
+from decoding.edited_logits import Before, apply_edits
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
 from decoding.ragged import Ints, Ragged
@@ -83,10 +83,9 @@ class DraftModel:
     def _choose(self, plan: Plan, hidden_PD: Tensor, rows: Ints, so_far: list[Tensor]) -> Tensor:
         """By the full model's rule with the full model's noise: a draft is kept if both would choose it."""
         logits_PV = self.model.logits(hidden_PD)
-        edited = [plan.edited[row] for row in rows.tolist()]
-        if any(edited):
-            before = [[ids_P[index] for ids_P in so_far] for index in range(len(rows))]
-            logits_PV = apply_edits(logits_PV, edited, before)
+        if any(plan.edited):
+            before = Before.step(rows, so_far, self.model.device)
+            logits_PV = apply_edits(logits_PV, plan.edited, before)
         positions_P = self._on_device(plan.num_computed_B[rows] + 1 + len(so_far))
         return self.model.choose(logits_PV, plan.sampling.take(self._on_device(rows)), positions_P)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from decoding.attention import Attention
 from decoding.draft_head import DraftHead
-from decoding.edits import apply_edits
+from decoding.edited_logits import Before, apply_edits
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan
 from decoding.ragged import Ints
@@ -60,18 +61,13 @@ class EarlyExitDrafter:
         sampling = plan.sampling.first(num_rows)
         if self._head is not None and not any(plan.edited[:num_rows]):
             return self._head.choose(self._model.weights.final_norm(exits_PD), sampling, positions_P)
-        return self._model.choose(
-            self._edited(plan, self._model.logits(exits_PD), ids), sampling, positions_P
-        )
-
-    @staticmethod
-    def _edited(plan: Plan, logits_PV: Tensor, ids: list[Tensor]) -> Tensor:
-        """Logits edited behind each row's known ids and its drafts so far."""
-        edited = plan.edited[: len(logits_PV)]
-        if not any(edited):
-            return logits_PV
-        before = [[step_P[row] for step_P in ids] for row in range(len(edited))]
-        return apply_edits(logits_PV, edited, before)
+        logits_PV = self._model.logits(exits_PD)
+        if any(plan.edited):
+            before = Before.step(
+                np.arange(num_rows), [step_P[:num_rows] for step_P in ids], self._model.device
+            )
+            logits_PV = apply_edits(logits_PV, plan.edited, before)
+        return self._model.choose(logits_PV, sampling, positions_P)
 
     def _run_to_exits(self, step: DraftStep, slots_BT: Ints, positions_B: Ints, ids_P: Tensor) -> Tensor:
         """Exit hiddens [P, D] of one token for each row: together through the stack, each up to its exit."""

@@ -1,6 +1,8 @@
 """Drafts by looking up: what followed the last time the sequence's newest tokens stood in it.
 
 Knows the ids of one sequence; knows no model. Free of layers, and strong where an answer copies its prompt.
+
+Shapes: P pairs of neighbouring ids, M of them that match.
 """
 
 from __future__ import annotations
@@ -8,17 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 _LONGEST: Final = 5
-_SHORTEST: Final = 2
-"""Runs of this many ids are looked up, longest first; a single id says too little about what follows."""
+"""Runs of two to this many ids are looked up, longest first; a single id says too little about what follows."""
+
+_RECENT: Final = 1024
+"""So far back is looked first: what repeats itself is found there, and the whole need not be read."""
+
+_BEFORE_P: Final = np.full(_LONGEST - 2, -1, dtype=np.int64)
+"""Stands before the first pair and is like none: no match begins before the sequence does."""
 
 
-class NgramIndex:
-    """Where each short run of a sequence's ids last ended, but for the newest run: nothing follows it yet."""
+class NgramSearch:
+    """Searches a sequence for what it now ends with. It is read anew each time: a long prompt, too, takes no more
+    than microseconds, where an index of its runs would first have to be built.
+
+    Ids are kept as pairs of neighbours, each one number: a run of five is four pairs in a row.
+    """
 
     def __init__(self) -> None:
-        self._ends: dict[tuple[int, ...], int] = {}
-        self._num_indexed = 0
+        self._pairs_P = _BEFORE_P
+        self._num_ids = 0
 
     def propose(self, token_ids: Sequence[int], count: int) -> tuple[int, ...]:
         """Up to `count` ids that followed the longest run which the sequence now ends with; none if it is new.
@@ -26,20 +39,46 @@ class NgramIndex:
         `token_ids` are those of the calls before and whatever has come since. A match that reaches the end is
         read on in what it proposes, so a repetition is carried on.
         """
+        num_ids = len(token_ids)
         self._catch_up(token_ids)
-        for size in range(min(_LONGEST, len(token_ids)), _SHORTEST - 1, -1):
-            end = self._ends.get(tuple(token_ids[-size:]))
-            if end is not None:
-                following = list(token_ids[end:])
-                num_known = len(following)
-                for offset in range(count):
-                    following.append(following[offset])
-                return tuple(following[num_known:])
-        return ()
+        end = self._latest_end()
+        return tuple(token_ids[end + offset % (num_ids - end)] for offset in range(count)) if end else ()
 
     def _catch_up(self, token_ids: Sequence[int]) -> None:
-        """Index every run that ends before the newest id."""
-        for end in range(max(self._num_indexed, _SHORTEST), len(token_ids)):
-            for size in range(_SHORTEST, min(_LONGEST, end) + 1):
-                self._ends[tuple(token_ids[end - size : end])] = end
-        self._num_indexed = max(self._num_indexed, len(token_ids))
+        """Add the pairs that newer ids end."""
+        first, num_ids = max(self._num_ids, 1), len(token_ids)
+        if num_ids <= first:
+            return
+        self._num_ids = num_ids
+        start, end = _place(first), _place(num_ids)
+        if end > len(self._pairs_P):
+            # Twice the room, so that growing by a token at a time copies little.
+            self._pairs_P = np.concatenate((self._pairs_P[:start], np.empty(2 * end - start, np.int64)))
+        ids = np.array(token_ids[first - 1 :], dtype=np.int64)
+        self._pairs_P[start:end] = ids[:-1] << 32 | ids[1:]
+
+    def _latest_end(self) -> int:
+        """How many ids come up to the end of the latest of the longest matches; 0 if there is none."""
+        oldest, newest = _place(1), _place(self._num_ids) - 1
+        recent = max(oldest, newest - _RECENT)
+        num_pairs, latest = self._longest(recent, newest)
+        if num_pairs < _LONGEST - 1 and recent > oldest:
+            num_pairs, latest = self._longest(oldest, newest)
+        return latest - oldest + 2 if num_pairs else 0
+
+    def _longest(self, start: int, newest: int) -> tuple[int, int]:
+        """How many pairs the longest match of those from `start` on has, and where the latest such match ends."""
+        pairs_P = self._pairs_P
+        num_pairs, latest = 0, 0
+        ends_M = (pairs_P[start:newest] == pairs_P[newest]).nonzero()[0] + start
+        while len(ends_M):
+            num_pairs, latest = num_pairs + 1, int(ends_M[-1])
+            if num_pairs == _LONGEST - 1:
+                break
+            ends_M = ends_M[pairs_P[ends_M - num_pairs] == pairs_P[newest - num_pairs]]
+        return num_pairs, latest
+
+
+def _place(index: int) -> int:
+    """Where the pair stands that the id of this index ends."""
+    return len(_BEFORE_P) + index - 1

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.edits import Edited, Editor
+from decoding.edits import Edited, Editor, Known
 from decoding.logits import Sampling
 from decoding.messages import SamplingParams
 from decoding.plan import Plan
@@ -28,7 +28,7 @@ class _EditedRow(msgspec.Struct, frozen=True, array_like=True):
     """`editor` is None where the sequence had one in the plan before: it is the same."""
 
     editor: Editor | None
-    known_T: Tensor
+    known: Known
 
 
 class _Frame(msgspec.Struct, frozen=True, array_like=True):
@@ -63,7 +63,7 @@ class PlanWriter:
         if edited is None:
             return None
         is_known = self._editors.get(sequence_id) is edited.editor
-        return _EditedRow(None if is_known else edited.editor, edited.known_T)
+        return _EditedRow(None if is_known else edited.editor, edited.known)
 
 
 class PlanReader:
@@ -90,7 +90,7 @@ class PlanReader:
         return plan
 
     def _edited(self, sequence_id: int, row: _EditedRow | None) -> Edited | None:
-        return None if row is None else Edited(row.editor or self._editors[sequence_id], row.known_T)
+        return None if row is None else Edited(row.editor or self._editors[sequence_id], row.known)
 
 
 def _editors(plan: Plan) -> dict[int, Editor]:

@@ -92,15 +92,15 @@ class Plans:
         self._follows = follows
         self._sampling: tuple[list[Sequence], Sampling] | None = None
 
-    def editor(self, request: Generate) -> Editor | None:
-        """The edits of a request, ready for the device; None where it asks for none."""
+    @staticmethod
+    def editor(request: Generate) -> Editor | None:
+        """The edits of a request, prepared; None where it asks for none."""
         if request.sampling.edits is None:
             return None
         return Editor.of(
             request.sampling.edits,
             num_prompt_tokens=len(request.prompt_ids),
             stop_token_ids=request.stop_token_ids,
-            device=self._device,
         )
 
     def of(self, shares: list[Share]) -> Plan:
@@ -128,7 +128,7 @@ class Plans:
                 [s.block_ids + [0] * (width - len(s.block_ids)) for s in sequences], dtype=np.int64
             ),
             sampling=self._sampling_of(sequences),
-            edited=tuple(map(self._edited, sequences)),
+            edited=tuple(map(_edited, sequences)),
             wanted=tuple(map(_wanted, shares)),
         )
 
@@ -139,11 +139,11 @@ class Plans:
             self._sampling = (sequences, Sampling.of(params, seeds, self._device))
         return self._sampling[1]
 
-    def _edited(self, sequence: Sequence) -> Edited | None:
-        if sequence.editor is None:
-            return None
-        known = torch.tensor(sequence.token_ids, dtype=torch.int64, device=self._device)
-        return Edited(sequence.editor, known)
+
+def _edited(sequence: Sequence) -> Edited | None:
+    if sequence.editor is None:
+        return None
+    return Edited.of(sequence.editor, sequence.token_ids, sequence.tally)
 
 
 def _following(shares: list[Share]) -> Following:

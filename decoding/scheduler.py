@@ -204,25 +204,27 @@ class Scheduler:
         """What the prefix cache holds of the first that waits, if that one can start now."""
         if not self._waiting or len(self._running) >= self._limits.max_num_seqs:
             return None
-        known = self._waiting[0].token_ids
+        first = self._waiting[0]
+        known = first.token_ids
         # The last token is always computed: its logits choose the next.
         # So are the tokens whose successors' probabilities are asked for.
-        max_tokens = len(known) - 1 if self._waiting[0].is_prompt_scored else 0
-        hit = self._pool.find_prefix(known, max_tokens=max_tokens)
-        if self._is_being_computed(known[:max_tokens], beyond=len(hit.block_ids)):
+        max_tokens = len(known) - 1 if first.is_prompt_scored else 0
+        # It may wait for many steps, and its prompt be long.
+        first.found = hit = self._pool.find_prefix(known, max_tokens=max_tokens, before=first.found)
+        if self._is_being_computed(known, max_tokens, beyond=len(hit.block_ids)):
             return None
         num_missing = self._num_blocks(len(known)) - len(hit.block_ids)
         return hit if num_missing <= self._pool.num_allocatable_beside(hit) else None
 
-    def _is_being_computed(self, known: list[int], *, beyond: int) -> bool:
-        """Whether a running prompt will soon publish more of these ids' blocks than the `beyond` that are there.
+    def _is_being_computed(self, known: list[int], max_tokens: int, *, beyond: int) -> bool:
+        """Whether a running prompt will soon publish more blocks of the first `max_tokens` of these ids than the
+        `beyond` that are there.
 
         Choices of one prompt come together; the others wait for the first instead of computing it again.
         """
         end = (beyond + 1) * self._pool.block_size
-        start = known[:end]
-        return len(start) == end and any(
-            sequence.num_computed < end and sequence.token_ids[:end] == start
+        return end <= max_tokens and any(
+            sequence.num_computed < end and sequence.token_ids[:end] == known[:end]
             for sequence in self._running
             if sequence.num_pending > 1
         )

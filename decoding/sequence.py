@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from decoding.acceptance_record import RowRecord
-from decoding.blocks import ROOT
-from decoding.edits import Editor
-from decoding.lookup import NgramIndex
+from decoding.blocks import ROOT, PrefixHit
+from decoding.edits import Editor, Tally
+from decoding.lookup import NgramSearch
 from decoding.messages import Drafter, FinishReason, Generate, TokenLogprob
 
 
@@ -19,11 +19,11 @@ class Sequence:
     """Tokens known (prompt and committed ones) and how many of them have keys and values in every layer.
 
     Between steps a sequence that has started decoding has exactly one token pending: the last committed. `place`
-    counts the sequences that came before it.
-    `chain` and `num_published` say how far its blocks are in the prefix cache. `prompt_logprobs` gathers, chunk by
-    chunk, what the request asked for; the first event takes them along. `ngrams` is there where drafts are
-    looked up. `drafts` says how they have fared. `num_followed` counts the computed tokens that a separate draft
-    model has computed too; all of them where there is none.
+    counts the sequences that came before it. `chain` and `num_published` say how far its blocks are in the prefix
+    cache, `found` what was there of its tokens at the last look. `prompt_logprobs` gathers, chunk by chunk, what
+    the request asked for; the first event takes them along. `ngrams` is there where drafts are looked up. `drafts`
+    says how they have fared. `num_followed` counts the computed tokens that a separate draft model has computed
+    too; all of them where there is none.
     """
 
     request: Generate
@@ -31,24 +31,28 @@ class Sequence:
     place: int
     editor: Editor | None = None
     token_ids: list[int] = field(init=False)
+    tally: Tally | None = None
     num_computed: int = 0
     num_followed: int = 0
     block_ids: list[int] = field(default_factory=list)
     chain: int = ROOT
+    found: PrefixHit = field(default_factory=PrefixHit)
     num_published: int = 0
     queued_s: float | None = None
     num_cached_tokens: int = 0
     is_announced: bool = False
-    ngrams: NgramIndex | None = None
+    ngrams: NgramSearch | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     drafts: RowRecord = field(default_factory=RowRecord)
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_ids, *self.request.resumed_ids]
+        if self.editor is not None and self.editor.penalises:
+            self.tally = Tally(self.editor.asked, self.request.prompt_ids, self.request.resumed_ids)
         # Of a sequence that is resumed the first event was sent by another worker.
         self.is_announced = bool(self.request.resumed_ids)
         if self.request.drafter in (Drafter.LOOKUP, Drafter.HYBRID):
-            self.ngrams = NgramIndex()
+            self.ngrams = NgramSearch()
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -82,6 +86,8 @@ class Sequence:
             return [], FinishReason.LENGTH
         for count, token_id in enumerate(chosen, start=1):
             self.token_ids.append(token_id)
+            if self.tally is not None:
+                self.tally.add(token_id)
             reason = self._ending()
             if reason is not None:
                 return list(chosen[:count]), reason

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from decoding.attention import Attention
-from decoding.edits import apply_edits
+from decoding.edited_logits import Before, apply_edits
 from decoding.logprobs import token_logprobs
 from decoding.messages import TokenLogprob
 from decoding.model import LlamaDecoder
@@ -99,13 +99,12 @@ class Verifier:
         """Logits edited behind each choice's known ids and the drafts before it."""
         if not any(plan.edited):
             return logits_MV
+        # Log-probabilities are of logits as they were.
+        if any(wanted is not None and wanted.num_top is not None for wanted in plan.wanted):
+            logits_MV = logits_MV.clone()
         places = route.places
-        edited = [plan.edited[row] for row in places.rows_M.tolist()]
-        before = [
-            [ids_N[index] for index in places.drafts_BK[row, :num_drafts].tolist()]
-            for row, num_drafts in zip(places.rows_M.tolist(), places.num_drafts_M.tolist(), strict=True)
-        ]
-        return apply_edits(logits_MV, edited, before)
+        drafts_MK = ids_N[route.drafts_BK[route.rows_M]]
+        return apply_edits(logits_MV, plan.edited, Before(places.rows_M, places.num_drafts_M, drafts_MK))
 
     @staticmethod
     def _choice_logprobs(plan: Plan, route: Route, logits_MV: Tensor, chosen_M: Tensor) -> Logprobs:

@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "a choice is edited behind the drafts before it",
         "decoding/verification.py",
-        "places.drafts_BK[row, :num_drafts]",
-        "places.drafts_BK[row, : max(0, num_drafts - 1)]",
+        "Before(places.rows_M, places.num_drafts_M, drafts_MK)",
+        "Before(places.rows_M, np.maximum(places.num_drafts_M - 1, 0), drafts_MK)",
         MIXES,
     ),
     Mutant(

@@ -35,6 +35,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[int, Prefix] = {}
         """The prefix that each published block was computed with, until the block is handed out anew."""
         self.has_evicted = False
+        self.looks: list[tuple[list[int], PrefixHit]] = []
+        """What was looked for, and what was found last."""
         self.freed: list[int] = list(range(num_blocks))
         """Blocks without an owner, the longest free first."""
 
@@ -60,6 +62,7 @@ class PoolMachine(RuleBasedStateMachine):
         max_tokens = data.draw(st.integers(0, len(tokens)))
         hit = self.pool.find_prefix(tokens, max_tokens=max_tokens)
         self.check_hit(hit, tokens, max_tokens)
+        self.looks.append((tokens, hit))
         num_missing = -(-len(tokens) // self.pool.block_size) - len(hit.block_ids)
         free_beside = [b for b in self.freed if b not in hit.block_ids]
         assert self.pool.num_allocatable_beside(hit) == len(free_beside)
@@ -91,6 +94,17 @@ class PoolMachine(RuleBasedStateMachine):
         prefix = self.prefix(holder.tokens, index + 1)
         if self.has_evicted or prefix not in self.content.values():
             self.content[holder.block_ids[index]] = prefix
+
+    @precondition(lambda self: self.looks)
+    @rule(data=st.data(), more=TOKENS)
+    def look_again(self, data: st.DataObject, more: list[int]) -> None:
+        """Whatever was published and evicted in between, an earlier look changes nothing of what is found."""
+        tokens, before = self.looks.pop(data.draw(st.integers(0, len(self.looks) - 1)))
+        tokens = tokens + more
+        max_tokens = data.draw(st.integers(0, len(tokens)))
+        hit = self.pool.find_prefix(tokens, max_tokens=max_tokens, before=before)
+        assert hit == self.pool.find_prefix(tokens, max_tokens=max_tokens)
+        self.looks.append((tokens, hit))
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -129,6 +143,24 @@ def test_a_block_is_found_only_behind_the_prefix_it_was_computed_with() -> None:
     assert pool.find_prefix([3, 4], max_tokens=2).block_ids == ()
     assert len(pool.find_prefix([1, 2, 3, 4], max_tokens=4).block_ids) == 2
     assert len(pool.find_prefix([1, 2, 9, 9, 3, 4], max_tokens=6).block_ids) == 1
+
+
+def test_what_an_earlier_look_found_is_looked_up_anew_where_its_block_holds_something_else() -> None:
+    """The block that starts the prefix has gone to another start, then to this one again, with another end."""
+    pool = BlockPool(num_blocks=2, block_size=1)
+    start, end = pool.allocate(2)
+    publish_all(pool, [start, end], [5, 6])
+    before = pool.find_prefix([5, 6], max_tokens=2)
+    assert before.block_ids == (start, end)
+    pool.release([start])
+    assert pool.allocate(1) == [start]
+    assert pool.find_prefix([5, 6], max_tokens=2, before=before) == PrefixHit()
+    publish_all(pool, [start], [9])
+    assert pool.find_prefix([5, 6], max_tokens=2, before=before) == PrefixHit()
+    pool.release([start])
+    assert pool.allocate(1) == [start]
+    publish_all(pool, [start], [5])
+    assert pool.find_prefix([5, 6], max_tokens=2, before=before).block_ids == (start,)
 
 
 def test_a_hit_never_exceeds_the_tokens_allowed() -> None:

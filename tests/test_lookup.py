@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace as replace_fields
 
-from decoding.lookup import NgramIndex
+from decoding.lookup import NgramSearch
 from decoding.messages import Drafter, SamplingParams
 from tests.mixes import VOCAB, Lab, one_request
 
@@ -23,26 +23,45 @@ def brute_force(token_ids: list[int], count: int) -> tuple[int, ...]:
     return ()
 
 
-def test_the_index_finds_what_a_search_finds_as_the_sequence_grows() -> None:
+def test_it_finds_what_a_plain_search_finds_as_the_sequence_grows() -> None:
     rng = np.random.default_rng(3)
     num_found = 0
     for _ in range(60):
-        index, token_ids = NgramIndex(), rng.integers(0, 4, size=int(rng.integers(1, 12))).tolist()
+        search, token_ids = NgramSearch(), rng.integers(0, 4, size=int(rng.integers(1, 12))).tolist()
         for _ in range(12):
             expected = brute_force(token_ids, 6)
-            assert index.propose(token_ids, 6) == expected
+            assert search.propose(token_ids, 6) == expected
             num_found += bool(expected)
             token_ids += rng.integers(0, 4, size=int(rng.integers(0, 5))).tolist()
     assert 100 < num_found < 700
 
 
+@pytest.mark.parametrize("num_between", [0, 1, 50, 1015, 1019, 1020, 1024, 3000])
+def test_a_long_run_far_back_goes_before_a_short_one_nearby(num_between: int) -> None:
+    between = list(range(100, 100 + num_between))
+    token_ids = [9, 1, 2, 3, 4, 5, 77, *between, 4, 5, 88, 1, 2, 3, 4, 5]
+    search = NgramSearch()
+    assert search.propose(token_ids, 3) == brute_force(token_ids, 3) == (77, *between, 4, 5)[:3]
+    token_ids += [60, 61, 4, 5]
+    assert search.propose(token_ids, 2) == brute_force(token_ids, 2) == (60, 61)
+
+
+def test_long_texts_are_searched_to_their_beginning() -> None:
+    rng = np.random.default_rng(5)
+    for alphabet in (9, 40, 400):
+        search, token_ids = NgramSearch(), rng.integers(0, alphabet, size=2500).tolist()
+        for _ in range(20):
+            assert search.propose(token_ids, 4) == brute_force(token_ids, 4)
+            token_ids += rng.integers(0, alphabet, size=int(rng.integers(1, 4))).tolist()
+
+
 def test_a_repetition_is_carried_on_beyond_its_end() -> None:
-    assert NgramIndex().propose([1, 2, 3, 1, 2, 3, 1, 2], 7) == (3, 1, 2, 3, 1, 2, 3)
+    assert NgramSearch().propose([1, 2, 3, 1, 2, 3, 1, 2], 7) == (3, 1, 2, 3, 1, 2, 3)
 
 
 def test_nothing_is_proposed_for_what_never_stood_before() -> None:
-    assert NgramIndex().propose([5], 3) == ()
-    assert NgramIndex().propose([5, 6, 7, 8, 7], 3) == ()
+    assert NgramSearch().propose([5], 3) == ()
+    assert NgramSearch().propose([5, 6, 7, 8, 7], 3) == ()
 
 
 @pytest.mark.parametrize("drafter", [Drafter.LOOKUP, Drafter.HYBRID])

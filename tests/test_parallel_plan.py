@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 import torch
 
-from decoding.edits import Edited, Editor
+from decoding.edits import Edited, Editor, Tally
 from decoding.logits import Sampling
 from decoding.messages import LogitEdits, SamplingParams
 from decoding.parallel_plan import PlanReader, PlanWriter
@@ -25,7 +25,13 @@ def random_editor(rng: np.random.Generator) -> Editor:
         logit_bias={7: 0.1, 9: -3.5} if rng.random() < 0.5 else {},
         frequency_penalty=float(rng.normal()),
     )
-    return Editor.of(edits, num_prompt_tokens=int(rng.integers(1, 9)), stop_token_ids=some, device=CPU)
+    return Editor.of(edits, num_prompt_tokens=int(rng.integers(1, 9)), stop_token_ids=some)
+
+
+def random_edited(rng: np.random.Generator, editor: Editor) -> Edited:
+    token_ids = rng.integers(0, 50, size=12).tolist()
+    tally = Tally(editor.asked, token_ids[:5], token_ids[5:]) if rng.random() < 0.7 else None
+    return Edited.of(editor, token_ids, tally)
 
 
 def random_wanted(rng: np.random.Generator) -> Wanted | None:
@@ -48,10 +54,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
     params = [SamplingParams(temperature=float(t), top_k=3) for t in rng.choice([0, 0.5], size=num_rows)]
     seeds = rng.integers(0, 2**63 - 1, size=num_rows).tolist()
     follows = Following(ints(), ints(), ints()) if rng.random() < 0.5 else None
-    edited = [
-        Edited(random_editor(rng), torch.from_numpy(ints())) if rng.random() < 0.6 else None
-        for _ in range(num_rows)
-    ]
+    edited = [random_edited(rng, random_editor(rng)) if rng.random() < 0.6 else None for _ in range(num_rows)]
     return Plan(
         sequence_ids=tuple(rng.permutation(20)[:num_rows].tolist()),
         fed_N=rng.integers(0, 50, size=int(rng.integers(1, 30))),
@@ -69,7 +72,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
 def next_plan(plan: Plan, rng: np.random.Generator) -> Plan:
     """The same rows a step later: other tokens, the same parameters; some of those with edits may be new."""
     edited = [
-        row and Edited(row.editor if rng.random() < 0.7 else random_editor(rng), torch.arange(9))
+        row and random_edited(rng, row.editor if rng.random() < 0.7 else random_editor(rng))
         for row in plan.edited
     ]
     return replace(plan, fed_N=plan.fed_N + 1, edited=tuple(edited))

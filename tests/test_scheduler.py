@@ -175,6 +175,39 @@ def test_choices_of_one_prompt_wait_for_the_first_and_share_its_blocks() -> None
     assert fed <= 200 + 3 * 8 + 2 * 4
 
 
+class CountedId(int):
+    """A token id that counts how often any of its kind is hashed."""
+
+    num_hashed = 0
+
+    def __hash__(self) -> int:
+        CountedId.num_hashed += 1
+        return int(self)
+
+
+def test_a_prompt_that_waits_for_blocks_is_looked_up_once() -> None:
+    under_test = scheduler(num_blocks=64)
+    prompt = list(map(CountedId, range(512)))
+    under_test.submit(replace(request(1), prompt_ids=prompt, max_new_tokens=1))
+    ended_in_order(under_test)
+    under_test.submit(request(2, prompt=16 * 16))
+    step(under_test)
+    # Half the pool holds what this one begins with; what it lacks is more than is left beside that.
+    under_test.submit(replace(request(3), prompt_ids=prompt + [CountedId(7)] * 512, max_new_tokens=1))
+    CountedId.num_hashed = 0
+    hashed = []
+    for _ in range(5):
+        plan = under_test.plan()
+        assert plan is not None
+        under_test.commit(refused(plan))
+        hashed.append(CountedId.num_hashed)
+    under_test.check_integrity()
+    assert under_test.load().num_waiting == 1
+    assert hashed[0] >= 512
+    # Each further step may ask for the first block that is missing.
+    assert hashed[-1] - hashed[0] <= 4 * 16
+
+
 def test_another_prompt_waits_for_nobody() -> None:
     under_test = scheduler(budget=64)
     under_test.submit(request(1, prompt=40))
