@@ -18,7 +18,7 @@ from benchmarks.gpu_peers import Texts, measure_peers
 from benchmarks.gpu_segments import Known, Segments, draw_weights, measure_layers
 from benchmarks.gpu_shapes import Shape
 from decoding.attention import AttentionShape
-from decoding.weights import DrawnTensors
+from decoding.tensor_files import DrawnTensors
 
 _PEER_PROMPT_TOKENS: Final = 12
 """Shorter than a block, so that no prompt is found in the prefix cache."""

@@ -23,7 +23,7 @@ from benchmarks.gpu_segments import calibrate
 from benchmarks.gpu_shapes import Shape
 from benchmarks.timing import Job, Prompt, Sampled
 from decoding.checkpoint import open_checkpoint
-from decoding.weights import DrawnTensors
+from decoding.tensor_files import DrawnTensors
 
 _ACCEPTANCE: Final = 0.8
 _DRAFT_LENGTH: Final = 4

@@ -26,7 +26,8 @@ from decoding.checkpoint import Checkpoint, open_checkpoint
 from decoding.model import LlamaDecoder, Weights
 from decoding.ragged import Ragged
 from decoding.runtime import build_decoder
-from decoding.weights import DrawnTensors, Placement, load_weights
+from decoding.tensor_files import DrawnTensors
+from decoding.weights import Placement, load_weights
 
 _BLOCK: Final = 16
 _CLOSE_ENOUGH: Final = 0.01
@@ -40,7 +41,8 @@ Known = dict[tuple[str, int, int], float]
 def draw_weights(shape: Shape, device: Device, dtype: torch.dtype, drawn: DrawnTensors) -> Weights:
     """The shape's weights on the device."""
     checkpoint = open_checkpoint(str(shape.folder), revision=None)
-    return load_weights(checkpoint, Placement(device.torch, dtype, drawn=drawn), lambda *_: None)
+    placement = Placement(device.torch, dtype, drawn=drawn, shares_tied=device.torch.type != "cpu")
+    return load_weights(checkpoint, placement, lambda *_: None)
 
 
 @dataclass(slots=True)

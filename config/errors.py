@@ -10,5 +10,9 @@ class StartupError(Exception):
     """The server cannot start, and the operator can mend it; the message is one line, shown as it is."""
 
 
+class ShortOfMemory(StartupError):
+    """Memory ran out during the start. It may be enough another time: others may hold what is missing now."""
+
+
 class SettingsError(StartupError):
     """A setting is unknown, malformed or contradicts another; the message names key, value and remedy."""

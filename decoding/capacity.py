@@ -68,14 +68,20 @@ class DeviceMemory:
 
 
 def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Memory of all weights in `dtype`, from transformers' own model on the meta device."""
+    """The most that all weights take in `dtype`, from transformers' own model on the meta device.
+
+    A tied head counts beside the embedding, as it is held where it cannot be shared.
+    """
     from accelerate import init_empty_weights
     from accelerate.utils import compute_module_sizes
     from transformers import LlamaForCausalLM
 
-    with init_empty_weights():
+    # With buffers, tensors are made on the meta device; without, on the host, to be moved from there.
+    with init_empty_weights(include_buffers=True):
         model = LlamaForCausalLM(checkpoint.config)
-    return int(compute_module_sizes(model, dtype=dtype)[""])
+    shape = checkpoint.shape
+    tied = shape.vocab_size * shape.model_width * dtype.itemsize if shape.is_head_tied else 0
+    return int(compute_module_sizes(model, dtype=dtype)[""]) + tied
 
 
 def exceeds_device(num_bytes: int, device: torch.device) -> bool:

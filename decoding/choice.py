@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from decoding.acceptance_record import RowRecord
 from decoding.messages import Drafter
+from decoding.reports import Beliefs
 
 ExitLayers = tuple[int, ...]
 """Sorted; where it says which may be chosen, none means any."""
@@ -72,6 +73,9 @@ class DraftChooser(Protocol):
     def host_took(self, num_rows: int, host_s: float) -> None:
         """Learn what a step of so many rows took beside drafting and verifying."""
 
+    def beliefs(self) -> Beliefs | None:
+        """What choices rest on now; None where nothing is chosen. Takes time of a step: not for every one."""
+
     @property
     def exit_layer(self) -> int:
         """The exit layer chosen last."""
@@ -107,3 +111,6 @@ class FixedChoice:
 
     def host_took(self, num_rows: int, host_s: float) -> None:
         """Learn nothing."""
+
+    def beliefs(self) -> None:
+        """None: nothing is chosen."""

@@ -15,7 +15,9 @@ import numpy as np
 from decoding.acceptance_record import SUREST, AcceptanceRecord, RowRecord
 from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, StepOutcome
 from decoding.messages import Drafter
+from decoding.reports import Beliefs
 from decoding.step_costs import StepCosts
+from decoding.telling import beliefs_of
 from decoding.weighing import Batch, Candidate, Weigher, advantages_of
 
 _KEPT_STEPS: Final = 8
@@ -177,6 +179,12 @@ class Controller:
         """Keep the costs current."""
         if self._observes:
             self._costs.observe_host(num_rows, host_s)
+
+    def beliefs(self) -> Beliefs:
+        """What it expects of the exit layers it has tried, and of the one it chose last."""
+        told = [each for each in self._exit_layers if each == self.exit_layer or self._record.is_tried(each)]
+        looked_up = min(max(0.5 * self._lookups.ratio, _LEAST_LOOKED_UP), SUREST)
+        return beliefs_of(self._costs, self._record, exit_layers=told, lookup_acceptance=looked_up)
 
     @property
     def _observes(self) -> bool:

@@ -21,13 +21,16 @@ from decoding.choice import DraftChooser
 from decoding.draft_checkpoint import Checkpoints
 from decoding.exits import Speculation, resolve_speculation
 from decoding.graphs import Recorder
-from decoding.messages import CycleTimes, Decoded, Generate, Limits, Ready, StepReport
+from decoding.memory_shortage import needing_memory
+from decoding.messages import Decoded, Generate, Limits, Ready, StepReport
 from decoding.parallel import ALONE, Ranks
 from decoding.planning import StepLimits
+from decoding.reports import CycleTimes
 from decoding.runtime import Runtime, build_runtime, place
 from decoding.scheduler import Scheduler
 from decoding.sharding import check_shards
 from decoding.stepping import Stepper
+from decoding.telling import BeliefTeller
 from decoding.warm_up import Warmup
 from decoding.weights import Progress
 
@@ -40,12 +43,19 @@ class Engine:
     """Decodes requests together. `submit` and `abort` between steps; `step` plans, runs and commits one."""
 
     def __init__(
-        self, ready: Ready, runtime: Runtime, scheduler: Scheduler, *, clock: Callable[[], float]
+        self,
+        ready: Ready,
+        runtime: Runtime,
+        scheduler: Scheduler,
+        *,
+        clock: Callable[[], float],
+        chooser: DraftChooser | None = None,
     ) -> None:
         self.ready = ready
         self.runtime = runtime
         self._scheduler = scheduler
         self._stepper = Stepper(scheduler, runtime.cycle)
+        self._teller = BeliefTeller(chooser, clock)
         self._clock = clock
 
     @classmethod
@@ -57,7 +67,7 @@ class Engine:
         recorder: Recorder | None = None,
         ranks: Ranks = ALONE,
     ) -> Engine:
-        """Read the checkpoint and allocate the cache. Raises CheckpointError or SettingsError.
+        """Read the checkpoint and allocate the cache. Raises CheckpointError, SettingsError or ShortOfMemory.
 
         Without a `recorder`, steps are recorded as CUDA graphs where that is possible and allowed. Of several
         `ranks` this is the first.
@@ -88,9 +98,12 @@ class Engine:
             return Scheduler(pool, limits, chooser, device=device, clock=clock)
 
         progress("measuring steps", 0.0)
-        chooser = Warmup(settings, capacity, speculation, num_layers=checkpoint.shape.num_layers).chooser(
-            runtime.cycle, scheduler, clock=clock
-        )
+        with needing_memory(
+            "while steps were measured", remedy="lower memory_fraction or max_num_batched_tokens"
+        ):
+            chooser = Warmup(settings, capacity, speculation, num_layers=checkpoint.shape.num_layers).chooser(
+                runtime.cycle, scheduler, clock=clock
+            )
         ready = Ready(
             model=settings.model,
             revision=settings.revision,
@@ -102,7 +115,7 @@ class Engine:
             draft_model=settings.draft_model,
             tensor_parallel_size=ranks.shard.size,
         )
-        return cls(ready, runtime, scheduler(chooser), clock=clock)
+        return cls(ready, runtime, scheduler(chooser), clock=clock, chooser=chooser)
 
     @property
     def has_work(self) -> bool:
@@ -144,10 +157,12 @@ class Engine:
         return structs.replace(self.report(), decoded=decoded, times=times)
 
     def report(self) -> StepReport:
-        """The load, with nothing decoded."""
+        """The load, and now and then what choices rest on, with nothing decoded."""
         num_out_of_memory = self._stepper.num_out_of_memory
         load = structs.replace(self._scheduler.load(), num_out_of_memory_total=num_out_of_memory)
-        return StepReport(decoded=[], load=load, running_ids=self._scheduler.running_ids)
+        return StepReport(
+            decoded=[], load=load, running_ids=self._scheduler.running_ids, beliefs=self._teller.due()
+        )
 
     def check_integrity(self) -> None:
         """Assert that every KV block is accounted for."""

@@ -35,6 +35,11 @@ class DenseLinear:
         num_outputs, num_inputs = weight_OI.shape
         self._weight_IO = weight_OI.t().contiguous() if num_outputs > num_inputs else weight_OI.t()
 
+    @property
+    def weight_OI(self) -> Tensor:
+        """A view of the matrix, whichever side is contiguous."""
+        return self._weight_IO.t()
+
     def __call__(self, x_NI: Tensor, /) -> Tensor:
         """Apply the matrix."""
         return torch.mm(x_NI, self._weight_IO)

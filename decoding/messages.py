@@ -11,6 +11,8 @@ from typing import Final
 
 import msgspec
 
+from decoding.reports import Beliefs, CycleTimes
+
 SEED_BITS: Final = 63
 
 
@@ -175,21 +177,13 @@ class Load(msgspec.Struct, frozen=True):
     is_drafting_worthwhile: bool = True
 
 
-class CycleTimes(msgspec.Struct, frozen=True):
-    """Where one step's wall time went, in seconds, and how many tokens its verification pass computed."""
-
-    draft_s: float
-    verify_s: float
-    host_s: float
-    num_tokens: int
-
-
 class StepReport(msgspec.Struct, frozen=True, tag=True):
     """Sent after every step, and when idle after aborts and once a second; `times` is None without a step.
 
     `num_taken` counts the sequences that the worker was given and has survived taking, since it started.
     `out_of_memory` are sequences that were dropped, because the device's memory ran out; nothing follows of them.
     `running_ids` are those that have a place in the batch; None where all are of one priority: the oldest have it.
+    `beliefs` come once a second at most, and only where something is chosen; until they do, the last ones stand.
     """
 
     decoded: list[Decoded]
@@ -198,6 +192,7 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     num_taken: int = 0
     out_of_memory: list[int] = []
     running_ids: list[int] | None = None
+    beliefs: Beliefs | None = None
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -276,9 +271,13 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The worker could not start, through a fault the operator can mend; `message` is one line."""
+    """The worker could not start, through a fault the operator can mend; `message` is one line.
+
+    Unless it `may_pass`, another start would fail, too.
+    """
 
     message: str
+    may_pass: bool = False
 
 
 Event = Loading | Ready | Failed | StepReport

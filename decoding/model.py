@@ -57,7 +57,8 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything a checkpoint brings; a tied head is a linear of the same values as the embedding.
+    """Everything a checkpoint brings; a tied head is a linear of the same values as the embedding, which may be a
+    view of it.
 
     `head_rows_VD` is the head as a plain matrix, where one was asked for.
     """

@@ -32,11 +32,13 @@ from decoding.graphed_cycle import GraphedCycle
 from decoding.graphs import Recorder, cuda_recorder
 from decoding.kv_cache import KVCache
 from decoding.memory_profile import activation_bytes
+from decoding.memory_shortage import needing_memory
 from decoding.model import LlamaDecoder, Weights
 from decoding.parallel import Ranks, rank_device, rank_threads
 from decoding.sharding import Shard
 from decoding.stepping import Runner
-from decoding.weights import DrawnTensors, Placement, Progress, load_weights, rotations
+from decoding.tensor_files import DrawnTensors
+from decoding.weights import Placement, Progress, load_weights, rotations
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def place(settings: EngineSettings, checkpoint: Checkpoint, shard: Shard) -> Pla
         dtype=pick_dtype(settings.dtype, checkpoint.shape.stored_dtype, device),
         drawn=_drawn(settings),
         shows_head=settings.draft_vocab_size is not None,
+        shares_tied=device.type != "cpu",
         shard=shard,
     )
 
@@ -83,23 +86,33 @@ def build_runtime(
             raise SettingsError("compile_layers: weights that are offloaded are not compiled for")
         prepare_compiled([checkpoint.shape for checkpoint in checkpoints.all], device, dtype, progress)
         placement = replace(placement, form=PanelLinear)
-    weights = [_load(checkpoint, placement, progress, offloads=offloads) for checkpoint in checkpoints.all]
+    with needing_memory(
+        "while the weights were loaded",
+        remedy="pass a smaller model, a dtype of fewer bytes, or loader accelerate, which leaves them on disk",
+    ):
+        weights = [
+            _load(checkpoint, placement, progress, offloads=offloads) for checkpoint in checkpoints.all
+        ]
     # From here on they wait for one another.
     ranks.least()
     checkpoints = checkpoints.on_a_rank(placement.shard)
-    activations = activation_bytes(
-        settings, lambda capacity: build_decoder(settings, checkpoints.full, capacity, weights[0]), device
-    )
+    with needing_memory(
+        "while the largest step was tried", remedy="lower max_num_batched_tokens or max_num_seqs"
+    ):
+        activations = activation_bytes(
+            settings, lambda capacity: build_decoder(settings, checkpoints.full, capacity, weights[0]), device
+        )
     recorder = recorder or (None if offloads else cuda_recorder(settings, device, dtype))
     capacity = ranks.least_capacity(
         plan_capacity(
             settings, checkpoints, dtype, device, activations=activations, is_recorded=recorder is not None
         )
     )
-    (model, attention), *others = [
-        build_decoder(settings, checkpoint, capacity, of_checkpoint)
-        for checkpoint, of_checkpoint in zip(checkpoints.all, weights, strict=True)
-    ]
+    with needing_memory("for the KV cache", remedy=f"lower {_bound_of_cache(settings, device)}"):
+        (model, attention), *others = [
+            build_decoder(settings, checkpoint, capacity, of_checkpoint)
+            for checkpoint, of_checkpoint in zip(checkpoints.all, weights, strict=True)
+        ]
     draft_model = DraftModel(*others[0]) if others else None
     warm_up_choices(model.weights.embedding_VD)
     draft_head = make_draft_head(settings, weights[0])
@@ -164,6 +177,13 @@ def _offloads(settings: EngineSettings, checkpoints: Checkpoints, placement: Pla
             f"tensor_parallel_size {shard.size}: not even a share of the weights fits {device}; {remedy}"
         )
     return settings.loader is Loader.ACCELERATE or is_too_large
+
+
+def _bound_of_cache(settings: EngineSettings, device: torch.device) -> str:
+    """The setting that says how large the cache is here."""
+    if settings.num_blocks is not None:
+        return "num_blocks"
+    return "max_model_len" if device.type == "cpu" else "memory_fraction"
 
 
 def _drawn(settings: EngineSettings) -> DrawnTensors | None:

@@ -171,6 +171,73 @@ class DetokenizeAnswer(TypedDict):
     prompt: str
 
 
+class LayerExpectations(TypedDict):
+    """What is expected of drafts at one exit layer, from so many first drafts that are remembered.
+
+    `acceptance` is per position, of the first few: how likely a draft is kept if all before it were.
+    `draft_step_ms` is what one draft of each row takes, for every entry of `num_rows`.
+    """
+
+    exit_layer: int
+    num_first_drafts: float
+    acceptance: list[float]
+    draft_step_ms: list[float]
+
+
+class LastChoice(TypedDict):
+    """What was chosen last where requests left it open; the draft length is the mean of the rows."""
+
+    exit_layer: int
+    draft_length: float
+
+
+class ControllerState(TypedDict):
+    """What choices rest on now: exit layers that were tried, and times of steps, for every entry of `num_rows`.
+
+    A plain step gives each row a token without drafts; the host's time is what any step takes beside the model's.
+    `last_choice` is null before the first.
+    """
+
+    last_choice: LastChoice | None
+    exit_layers: list[LayerExpectations]
+    num_rows: list[int]
+    plain_step_ms: list[float]
+    host_ms: list[float]
+    lookup_acceptance: float
+
+
+class ServerInfoAnswer(TypedDict):
+    """What is served, and within which bounds.
+
+    `controller` is null where exit layer and draft length are fixed, and until the worker has first been heard.
+    """
+
+    version: str
+    model: str
+    served_model_names: list[str]
+    has_chat_template: bool
+    revision: str | None
+    dtype: str
+    device: str
+    tensor_parallel_size: int
+    num_layers: int
+    vocab_size: int
+    allowed_exit_layers: list[int]
+    default_exit_layer: int | Literal["auto"]
+    default_draft_length: int | Literal["auto"]
+    first_exit_layer: int
+    first_draft_length: int
+    has_draft_model: bool
+    scheduling_policy: str
+    is_drafting_worthwhile: bool
+    controller: ControllerState | None
+    default_sampling: dict[str, object]
+    limits: dict[str, int]
+    kv_cache: dict[str, int]
+    worker_pid: int | None
+    models: dict[str, str]
+
+
 class HealthAnswer(TypedDict):
     """How the server is, and each of its models; while one loads, how far it is."""
 

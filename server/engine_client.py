@@ -236,6 +236,10 @@ class EngineClient:
             stream.stop(OutOfMemory())
 
     def _on_failed(self, failed: Failed) -> None:
+        if failed.may_pass and self.state is WorkerState.RESTARTING:
+            # What the worker before this one held may not be free yet. Its exit has another follow.
+            _log.error("the worker could not be started: %s", failed.message)
+            return
         self.state = WorkerState.DEAD
         self._listener.failed(failed.message)
 

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from decoding.messages import Drafter, Limits, Load
+from decoding.reports import Beliefs
 from server.drafts import AcceptanceWindow, DraftTally, PositionCounts
 from server.histogram import WeightedHistogram
 
@@ -146,6 +147,17 @@ class Families:
         """The size of the KV cache, as labels."""
         labels = {"block_size": str(limits.block_size), "num_gpu_blocks": str(limits.num_blocks)}
         return self.gauge("vllm:cache_config_info", "Size of the KV cache.", 1, labels)
+
+    def expected_acceptance(self, beliefs: Beliefs) -> Metric:
+        """How the drafts that choices are made of are expected to fare."""
+        family = GaugeMetricFamily(
+            "layerskip_expected_acceptance",
+            "How likely a cycle's first draft is thought to be kept, at exit layers that were tried.",
+            labels=["model_name", "exit_layer"],
+        )
+        for layer in beliefs.exit_layers:
+            family.add_metric([self._model_name, str(layer.exit_layer)], layer.acceptance[0])
+        return family
 
     def drafts(self, tally: DraftTally, windows: Mapping[int, AcceptanceWindow]) -> Iterator[Metric]:
         """Drafts over all, by position, and by exit layer and position; layers of `windows` always show."""

@@ -13,7 +13,8 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import Metric
 
-from decoding.messages import CycleTimes, Drafter, Ready, StepReport
+from decoding.messages import Drafter, Ready, StepReport
+from decoding.reports import Beliefs, CycleTimes
 from server.drafts import AcceptanceWindow, DraftTally
 from server.histogram import WeightedHistogram
 from server.metric_families import AtScrape, Families, WorkerGauges
@@ -103,6 +104,7 @@ class Metrics:
         self._fine_token_times = WeightedHistogram(_FINE_TOKEN_TIME_BUCKETS)
         self._worker: WorkerGauges | None = None
         self._ready: Ready | None = None
+        self.beliefs: Beliefs | None = None
         self._make_counters()
         self._make_histograms()
         self._registry.register(AtScrape(self._at_scrape))
@@ -137,14 +139,16 @@ class Metrics:
         self._worker = worker
 
     def worker_ready(self, ready: Ready) -> None:
-        """Show the cache's size, and the first exit layer's series at 0."""
-        self._ready = ready
+        """Show the cache's size, and the first exit layer's series at 0; a new worker has beliefs of its own."""
+        self._ready, self.beliefs = ready, None
         self._windows.setdefault(ready.limits.first_exit_layer, AcceptanceWindow())
 
     def step(self, report: StepReport) -> None:
-        """Count a step of the worker."""
+        """Count a step of the worker, and take over what it believes by now if it says so."""
         if report.times is not None:
             self._steps.add(report.times)
+        if report.beliefs is not None:
+            self.beliefs = report.beliefs
 
     def discarded(self, num_tokens: int) -> None:
         """Count tokens that were decoded and not delivered."""
@@ -194,6 +198,8 @@ class Metrics:
             yield from make.worker(self._worker)
         if self._ready is not None:
             yield make.cache(self._ready.limits)
+        if self.beliefs is not None:
+            yield make.expected_acceptance(self.beliefs)
         yield from self._steps.families(make)
         yield from make.drafts(self._drafts, self._windows)
         yield make.counter("layerskip_discarded_tokens", "Tokens not delivered.", self._discarded_tokens)

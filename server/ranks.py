@@ -17,7 +17,7 @@ from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Final
 
-from config.errors import StartupError
+from config.errors import ShortOfMemory, StartupError
 from server.orphans import end_with_parent
 
 _FRAME: Final = b"f"
@@ -109,6 +109,10 @@ def main(connection: Connection, rank: int, parent_pid: int) -> None:
     try:
         with EndingAtOnce():
             _run(_Channel(connection), rank)
+    except ShortOfMemory as error:
+        # The others may wait for this one in the middle of a step: nothing but its end is heard there.
+        print(f"layerskip: layerskip-rank-{rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except StartupError as error:
         connection.send_bytes(_FAILED + " ".join(str(error).split()).encode())
         os._exit(0)

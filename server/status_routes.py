@@ -12,6 +12,7 @@ import msgspec
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 
+from server.answer_types import ServerInfoAnswer
 from server.described import is_healthy, looks, refused
 from server.engine_client import WorkerState
 from server.errors import InvalidRequest, ModelNotFound, Unauthorized
@@ -22,7 +23,7 @@ from server.served_model import ServedModel
 router = APIRouter()
 
 
-@router.get("/server_info", responses=looks(dict[str, object], InvalidRequest, ModelNotFound))
+@router.get("/server_info", responses=looks(ServerInfoAnswer, InvalidRequest, ModelNotFound))
 async def server_info(
     models: Models, choose: Choose, model: Annotated[str | None, Query(max_length=1024)] = None
 ) -> dict[str, object]:
@@ -52,6 +53,7 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         "has_draft_model": limits.has_draft_model,
         "scheduling_policy": settings.scheduling_policy,
         "is_drafting_worthwhile": model.client.load.is_drafting_worthwhile,
+        "controller": _controller(model),
         "default_sampling": msgspec.to_builtins(ready.sampling),
         "limits": {
             "max_model_len": limits.max_model_len,
@@ -72,6 +74,16 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         },
         "worker_pid": model.client.pid,
     }
+
+
+def _controller(model: ServedModel) -> dict[str, object] | None:
+    """What choices rest on; None where nothing is chosen, or nothing was heard yet."""
+    beliefs, load = model.metrics.beliefs, model.client.load
+    if beliefs is None:
+        return None
+    last = {"exit_layer": load.chosen_exit_layer, "draft_length": round(load.chosen_draft_length, 2)}
+    told: dict[str, object] = msgspec.to_builtins(beliefs)
+    return {"last_choice": last if load.chosen_exit_layer else None} | told
 
 
 @router.get("/health", response_model=None, responses=is_healthy())

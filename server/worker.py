@@ -14,7 +14,7 @@ from typing import Final, NoReturn, Protocol
 
 import msgspec
 
-from config.errors import StartupError
+from config.errors import ShortOfMemory, StartupError
 from config.settings import EngineSettings
 from decoding.messages import Abort, Command, Event, Failed, Generate, Loading, Ready, StepReport
 from server.orphans import end_with_parent
@@ -77,7 +77,7 @@ def main(connection: Connection, settings_json: str, load: EngineLoader, parent_
             link.send(engine.ready)
             serve(engine, link)
     except StartupError as error:
-        link.send(Failed(" ".join(str(error).split())))
+        link.send(Failed(" ".join(str(error).split()), may_pass=isinstance(error, ShortOfMemory)))
         os._exit(0)
 
 

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from config.errors import StartupError
 from config.settings import BUNDLED_CHECKPOINT, EngineSettings
 from decoding.messages import (
-    CycleTimes,
     Decoded,
     FinishReason,
     Generate,
@@ -28,6 +27,7 @@ from decoding.messages import (
     TextAssets,
     TokenLogprob,
 )
+from decoding.reports import CycleTimes
 
 NUM_BLOCKS = 256
 END_OF_TEXT = 0

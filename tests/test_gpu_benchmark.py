@@ -19,7 +19,7 @@ from benchmarks.gpu_shapes import Shape
 from config.setting_types import LoadFormat
 from config.settings import Dtype, EngineSettings
 from decoding.engine import Engine
-from decoding.weights import DrawnTensors
+from decoding.tensor_files import DrawnTensors
 from tests.mixes import one_request
 
 CPU = Device(torch.device("cpu"))

@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from config.settings import EngineSettings
-from decoding.messages import CycleTimes, Drafter, Load, StepReport
+from decoding.messages import Drafter, Load, StepReport
+from decoding.reports import CycleTimes
 from server.histogram import WeightedHistogram
 from server.metrics import Metrics, exposition
 from tests.scripted_engine import scripted_ready

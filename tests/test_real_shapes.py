@@ -18,7 +18,8 @@ from decoding.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from decoding.engine import Engine
 from decoding.kv_cache import slot_bytes
 from decoding.messages import Generate, SamplingParams
-from decoding.weights import DrawnTensors, Placement, load_weights
+from decoding.tensor_files import DrawnTensors
+from decoding.weights import Placement, load_weights
 from tests.mixes import one_request
 from tests.tiny import load_reference, make_checkpoint
 

@@ -13,7 +13,8 @@ from config.settings import EngineSettings
 from decoding.draft_checkpoint import Checkpoints
 from decoding.parallel import rank_device, rank_threads
 from decoding.sharding import Shard, check_shards
-from decoding.weights import DrawnTensors, Placement, load_weights
+from decoding.tensor_files import DrawnTensors
+from decoding.weights import Placement, load_weights
 from tests.tiny import make_checkpoint
 from tests.two_ranks import CPU, VOCAB, shared_out
 
@@ -65,7 +66,7 @@ class NoOthers:
 def test_a_rank_reads_its_share_of_every_matrix_and_no_more(tmp_path: Path, monkeypatch, tied: bool) -> None:
     folder = make_checkpoint(tmp_path, num_layers=1, vocab=VOCAB, tied=tied)
     SpiedFile.num_read = {}
-    monkeypatch.setattr("decoding.weights.safe_open", SpiedFile)
+    monkeypatch.setattr("decoding.tensor_files.safe_open", SpiedFile)
     [checkpoint] = Checkpoints.open(EngineSettings(model=str(folder))).all
     placement = Placement(CPU, torch.float64, shard=Shard(1, 2), collectives=NoOthers())
     load_weights(checkpoint, placement, lambda *_: None)

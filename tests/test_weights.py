@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from decoding.checkpoint import CheckpointError, open_checkpoint
+from decoding.linear import DenseLinear, HalfStoredLinear
 from decoding.model import Weights
 from decoding.weights import Placement, load_weights
 from tests.tiny import make_checkpoint
@@ -214,3 +216,37 @@ def test_weights_come_in_the_dtype_asked_for(originals: dict[str, Path], dtype: 
     stored = load_file(originals["single"] / "model.safetensors")
     assert torch.equal(weights.embedding_VD, stored["model.embed_tokens.weight"].to(dtype))
     assert weights.head(torch.ones(1, 32, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("vocab", [24, 97])
+@pytest.mark.parametrize("shares_tied", [False, True])
+def test_a_tied_head_lies_in_memory_once_where_that_is_asked_for(
+    tmp_path: Path, vocab: int, shares_tied: bool
+) -> None:
+    """Whichever of its sides is the longer; what is read from either place is the same."""
+    folder = make_checkpoint(tmp_path, num_layers=1, vocab=vocab, tied=True)
+    placement = Placement(CPU, torch.float64, shows_head=True, shares_tied=shares_tied)
+    weights = load_weights(open_checkpoint(str(folder), revision=None), placement, lambda *_: None)
+    head, embedding_VD = weights.head, weights.embedding_VD
+    assert isinstance(head, DenseLinear)
+    stored_VD = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].double()
+    assert torch.equal(embedding_VD, stored_VD)
+    assert torch.equal(head.weight_OI, stored_VD)
+    assert weights.head_rows_VD is embedding_VD
+    assert (address(embedding_VD) == address(head.weight_OI)) is shares_tied
+    ids = torch.tensor([3, 0, vocab - 1, 3])
+    assert torch.equal(F.embedding(ids, embedding_VD), stored_VD[ids])
+
+
+def test_heads_that_are_not_the_embedding_or_in_another_form_are_not_shared(tmp_path: Path) -> None:
+    for tied, dtype, form in ((False, torch.float64, DenseLinear), (True, torch.float32, HalfStoredLinear)):
+        folder = make_checkpoint(tmp_path / str(tied), num_layers=1, tied=tied, dtype=torch.bfloat16)
+        placement = Placement(CPU, dtype, shares_tied=True)
+        weights = load_weights(open_checkpoint(str(folder), revision=None), placement, lambda *_: None)
+        assert isinstance(weights.head, form)
+        stored = load_file(folder / "model.safetensors")
+        assert torch.equal(weights.embedding_VD, stored["model.embed_tokens.weight"].to(dtype))
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
