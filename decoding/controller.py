@@ -27,8 +27,10 @@ _LIKE_ENOUGH: Final = 0.25
 """It serves a batch whose number of rows has changed by this share at most."""
 
 _FIRST_STEPS: Final = 64
-_OBSERVED_STEPS: Final = 16
-"""After the first steps, the times of one in so many are learned from: that takes time too."""
+_OBSERVED_STEPS: Final = 17
+"""After the first steps, the times of one in so many are learned from: that takes time too. Not a multiple of
+`_KEPT_STEPS`, lest all that are learned from are steps in which something is weighed.
+"""
 
 _SEARCH_STEPS: Final = 64
 """How often all exit layers are weighed; in between, the last and its neighbours."""
@@ -203,13 +205,13 @@ class Controller:
         best = max(candidates, key=self._worth)
         plain = self._weigher.plain(best.exit_layer, batch)
         found = best if best.rate > _MARGIN * plain.rate else plain
-        chosen = self._unless_like(among, found, batch)
+        chosen = self._unless_like(among, found, plain, batch)
         drafts = chosen.drafts
         self._is_plain = not drafts
-        if not among and batch.num_rows == 1:
-            is_hopeless = self._num_drafts >= _HOPELESS_DRAFTS and self._probe_steps >= _PROBE_STEPS
-            self.pays = drafts or not is_hopeless
+        if drafts:
+            self.pays = True
         if self._num_steps >= self._next_probe:
+            self.pays = drafts or not self._is_hopeless()
             self._plan_probe(drafts=drafts)
             other = self._other(best, plain, candidates, drafts=drafts)
             return _standing(other, batch, advantages, _PROBED_STEPS)
@@ -222,14 +224,26 @@ class Controller:
         is_known = layer == self._first_exit_layer or self._record.is_tried(layer)
         return candidate.rate * (1.0 if is_known else _GUESSED)
 
-    def _unless_like(self, among: ExitLayers, found: Candidate, batch: Batch) -> Candidate:
-        """What was found, unless what is in use promises about as much: changing costs time too."""
+    def _unless_like(self, among: ExitLayers, found: Candidate, plain: Candidate, batch: Batch) -> Candidate:
+        """What was found, unless what is in use promises about as much: changing costs time too. But drafts end as
+        soon as they promise hardly more than none.
+        """
         settled = self._settled.get(among)
         if settled is None or not set(batch.advantages) <= settled.by_advantage.keys():
             return found
         lengths = tuple(settled.by_advantage[advantage] for advantage in batch.advantages)
         known = self._weigher.rated(settled.exit_layer, lengths, batch)
+        if known.drafts and known.rate <= _WORTH_CHANGING * plain.rate:
+            return plain
         return found if found.rate > _WORTH_CHANGING * known.rate else known
+
+    def _is_hopeless(self) -> bool:
+        """Whether enough was tried, and no draft promises anything even to a row that is alone."""
+        if self._num_drafts < _HOPELESS_DRAFTS or self._probe_steps < _PROBE_STEPS:
+            return False
+        alone = Batch.of([_USUAL], longest=self._max_draft_length, num_others=0)
+        best = max(self._weigher.best_at(self._exit_layers, alone), key=lambda each: each.rate)
+        return best.rate <= _MARGIN * self._weigher.plain(best.exit_layer, alone).rate
 
     def _layers_to_weigh(self) -> Sequence[int]:
         """Now and then all exit layers, else those beside the last: weighing takes time of the step."""

@@ -182,30 +182,57 @@ def test_acceptance_that_changes_changes_the_choice_and_back() -> None:
     assert share_drafting(under_test, kept_rate=0.95, num_steps=6000) > 0.9
 
 
-def share_drafting(under_test: Controller, *, kept_rate: float, num_steps: int = 9000) -> float:
+def share_drafting(
+    under_test: Controller, *, kept_rate: float, num_steps: int = 9000, num_rows: int = 1
+) -> float:
     """Share of the last thousand steps that drafted, each draft kept at this rate whoever made it."""
     rng = np.random.default_rng(1)
     drafting = []
     for _ in range(num_steps):
-        row = rows(1)
-        chosen = under_test.choose(row)
-        length = chosen.draft_lengths[0]
-        if length:
+        batch = rows(num_rows)
+        chosen = under_test.choose(batch)
+        fates = []
+        for row, length in zip(batch, chosen.draft_lengths, strict=True):
             refused = np.flatnonzero(rng.random(length) > kept_rate)
-            kept = int(refused[0]) if len(refused) else length
-            under_test.drafted(chosen.exit_layer, Drafter.EARLY_EXIT, [Fate(row[0].record, length, kept)])
-        drafting.append(length > 0)
+            fates.append(Fate(row.record, length, int(refused[0]) if len(refused) else length))
+        drafting.append(any(chosen.draft_lengths))
+        if drafting[-1]:
+            under_test.drafted(chosen.exit_layer, Drafter.EARLY_EXIT, fates)
     return float(np.mean(drafting[-1000:]))
 
 
-def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain() -> None:
+def test_drafting_ends_before_it_is_slower_than_none() -> None:
+    """What is in use may stay where another promises a little more, but not where drafting none does."""
+    step_costs, known = costs(linear_with_gain), record(lambda layer: 0.8)
+    under_test, batch, gains, num_plain = controller(step_costs, known), rows(1), [], 0
+    while num_plain < 8:
+        chosen = under_test.choose(batch, among=(4,))
+        gain = rate(step_costs, known, chosen) / rate(step_costs, known, Choice(4, (0,)))
+        is_drafting = any(chosen.draft_lengths)
+        gains += [gain] if is_drafting else []
+        num_plain = 0 if is_drafting else num_plain + 1
+        known.record(4, [(8, 0)] * (len(gains) % 8 == 0))
+    assert 1 < gains[-1] < 1.04
+
+
+@pytest.mark.parametrize("num_rows", [1, 6])
+def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain(num_rows: int) -> None:
     known = AcceptanceRecord(
         num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
     )
     under_test = controller(costs(linear_with_gain), known)
     assert under_test.pays
-    assert share_drafting(under_test, kept_rate=0.02) < 0.02
+    assert share_drafting(under_test, kept_rate=0.02, num_rows=num_rows) < 0.02
     assert not under_test.pays
+
+
+def test_drafts_that_do_not_pay_for_many_rows_may_pay_for_one() -> None:
+    def saturating(layers: int, num_rows: int, tokens: int) -> float:
+        return layers * max(1.0, tokens / 24)
+
+    under_test = controller(costs(saturating), record(lambda layer: 0.6))
+    assert share_drafting(under_test, kept_rate=0.6, num_rows=40, num_steps=3000) < 0.1
+    assert under_test.pays
 
 
 def test_looked_up_drafts_that_are_all_kept_are_believed() -> None:
