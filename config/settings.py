@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
@@ -126,10 +126,10 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     tensor_parallel_size: int = Field(
         default=1, ge=1, description="GPUs that one model is spread over, each with a share of every layer."
     )
-    compile_layers: bool = Field(
-        default=False,
-        description="On a CPU, compile the layers' code for it at the first start, if there is a C++ compiler; "
-        "it runs on one thread, about twice as fast.",
+    compile_layers: bool | Literal["auto"] = Field(
+        default="auto",
+        description="On a CPU, compile the layers' code for it at the first start; it runs on one thread, up to "
+        "twice as fast. auto: where there is a C++ compiler, and one thread or a small model.",
     )
     enforce_eager: bool = Field(
         default=False, description="On CUDA, run every step eagerly instead of replaying CUDA graphs."

@@ -18,22 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.caches import cache_folder
-from config.errors import SettingsError
 from decoding.attention import Arrangement, AttentionShape, Queries
-from decoding.checkpoint import ModelShape
 from decoding.compiled_library import build
 from decoding.kv_cache import KVCache
 from decoding.logits import Sampling
 from decoding.model import LlamaDecoder, RmsNorm, Weights
 from decoding.ragged import Ints, Ragged
-from decoding.weights import Progress
 
-_LANES: Final = 16
+LANES: Final = 16
 """Numbers that the compiled code takes at once: every width is a multiple of it."""
 
+CACHED: Final = (torch.float32, torch.bfloat16)
+HEAD_WIDTHS: Final = (16, 32, 64, 80, 96, 128)
+"""What it is made for."""
+
 _STORED: Final = (torch.float32, torch.bfloat16, torch.float16)
-_CACHED: Final = (torch.float32, torch.bfloat16)
-_HEAD_WIDTHS: Final = (16, 32, 64, 80, 96, 128)
 
 
 class _Layer(ctypes.Structure):
@@ -69,8 +68,8 @@ class PanelLinear:
     def __init__(self, weight_OI: Tensor) -> None:
         num_outputs, num_inputs = weight_OI.shape
         self.shape = num_outputs, num_inputs
-        padded_OI = F.pad(weight_OI, (0, 0, 0, -num_outputs % _LANES))
-        panels = padded_OI.view(-1, _LANES, num_inputs).transpose(1, 2)
+        padded_OI = F.pad(weight_OI, (0, 0, 0, -num_outputs % LANES))
+        panels = padded_OI.view(-1, LANES, num_inputs).transpose(1, 2)
         self.panels = panels.to(_shortest(weight_OI)).contiguous()
 
     def __call__(self, x_NI: Tensor, /) -> Tensor:
@@ -165,7 +164,7 @@ class CompiledDecoder(LlamaDecoder):
             linears[3].shape[1],
             weights.final_norm.eps,
             _STORED.index(stored),
-            _CACHED.index(attention.cache.layer(0).dtype),
+            CACHED.index(attention.cache.layer(0).dtype),
             self._layers,
         )
 
@@ -186,7 +185,7 @@ class CompiledDecoder(LlamaDecoder):
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of hidden states after any layer: the final norm, then the one head of the model."""
         entering_ND = hidden_ND.to(torch.float32).contiguous()
-        padded = len(self._head.panels) * _LANES
+        padded = len(self._head.panels) * LANES
         logits_NV = torch.empty(len(hidden_ND), padded)
         self._library.head_logits(
             ctypes.byref(self._model),
@@ -233,27 +232,6 @@ def make_compiled(
     """A decoder of weights that are PanelLinear, over this cache. Raises SettingsError."""
     attention = SlotAttention(cache, rotations_TF)
     return CompiledDecoder(weights, attention, shape, build(cache_folder())), attention
-
-
-def prepare(
-    shapes: Sequence[ModelShape], device: torch.device, dtype: torch.dtype, progress: Progress
-) -> None:
-    """Refuse what the compiled code does not do, and compile it if it never was. Raises SettingsError."""
-    for shape in shapes:
-        widths = shape.model_width, shape.mlp_width
-        _check(AttentionShape(shape.num_heads, shape.num_kv_heads, shape.head_width), widths, device, dtype)
-    progress("compiling layers", 0.0)
-    build(cache_folder())
-
-
-def _check(shape: AttentionShape, widths: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
-    if device.type != "cpu" or dtype not in _CACHED:
-        wanted = "a CPU and dtype float32 or bfloat16"
-        raise SettingsError(
-            f"compile_layers needs {wanted}, not {device} and {str(dtype).removeprefix('torch.')}"
-        )
-    if shape.head_width not in _HEAD_WIDTHS or any(width % _LANES for width in widths):
-        raise SettingsError("compile_layers: this checkpoint's widths are not multiples of 16")
 
 
 def _panels(linear: object) -> PanelLinear:

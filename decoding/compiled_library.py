@@ -28,12 +28,24 @@ def build(cache_folder: Path) -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise SettingsError(f"compile_layers: no C++ compiler ({', '.join(_COMPILERS)}) was found")
-    told = "\n".join((compiler, *_FLAGS, _cpu(), *(each.read_text(encoding="utf-8") for each in _SOURCES)))
+    told = "\n".join(
+        (
+            compiler,
+            _version(compiler),
+            *_FLAGS,
+            _cpu(),
+            *(each.read_text(encoding="utf-8") for each in _SOURCES),
+        )
+    )
     key = hashlib.sha256(told.encode())
     path = cache_folder / "compiled" / f"layers-{key.hexdigest()[:16]}.so"
     if not path.is_file():
         _compile(compiler, path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        # A folder that is mounted noexec, say.
+        raise SettingsError(f"compile_layers: {path} cannot be loaded: {error}") from error
 
 
 def _compile(compiler: str, path: Path) -> None:
@@ -52,6 +64,11 @@ def _compile(compiler: str, path: Path) -> None:
         raise SettingsError(f"compile_layers: {compiler} failed and said: {said}") from error
     except OSError as error:
         raise SettingsError(f"compile_layers: {path.parent} cannot be written: {error.strerror}") from error
+
+
+def _version(compiler: str) -> str:
+    """What it says it is; nothing if it says nothing."""
+    return subprocess.run([compiler, "--version"], check=False, capture_output=True, text=True).stdout
 
 
 def _cpu() -> str:

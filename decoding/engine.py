@@ -114,6 +114,7 @@ class Engine:
             sampling=sampling,
             draft_model=settings.draft_model,
             tensor_parallel_size=ranks.shard.size,
+            is_compiled=runtime.is_compiled,
         )
         return cls(ready, runtime, scheduler(chooser), clock=clock, chooser=chooser)
 

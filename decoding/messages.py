@@ -240,7 +240,7 @@ class TextAssets(msgspec.Struct, frozen=True):
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The worker serves. `sampling` holds the checkpoint's own defaults from its generation config. The model is
-    spread over `tensor_parallel_size` devices, of which `device` is the first.
+    spread over `tensor_parallel_size` devices, `device` the first; on a CPU its layers may be compiled.
     """
 
     model: str
@@ -252,10 +252,13 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     sampling: SamplingParams
     draft_model: str | None = None
     tensor_parallel_size: int = 1
+    is_compiled: bool = False
 
     @property
     def devices(self) -> str:
         """Where the model runs, in words."""
+        if self.is_compiled:
+            return f"{self.device}, compiled"
         if self.tensor_parallel_size == 1:
             return self.device
         return f"{self.tensor_parallel_size} × {self.device.partition(':')[0]}"

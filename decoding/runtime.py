@@ -19,8 +19,8 @@ from decoding.attention import Attention, AttentionShape
 from decoding.attentions import make_attention
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
 from decoding.checkpoint import Checkpoint
-from decoding.compiled import PanelLinear, make_compiled
-from decoding.compiled import prepare as prepare_compiled
+from decoding.compiled import CompiledDecoder, PanelLinear, make_compiled
+from decoding.compiling import compiles_layers
 from decoding.coupling import warm_up as warm_up_choices
 from decoding.cycle import Cycle
 from decoding.devices import pick_device, pick_dtype
@@ -48,6 +48,11 @@ class Runtime:
     model: LlamaDecoder
     cycle: Runner
     draft_model: LlamaDecoder | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether layers run as code compiled for the CPU."""
+        return isinstance(self.model, CompiledDecoder)
 
 
 def place(settings: EngineSettings, checkpoint: Checkpoint, shard: Shard) -> Placement:
@@ -81,10 +86,15 @@ def build_runtime(
         raise SettingsError(
             "draft_vocab_size: weights that are offloaded have no head of their own for drafts"
         )
-    if settings.compile_layers:
-        if offloads:
-            raise SettingsError("compile_layers: weights that are offloaded are not compiled for")
-        prepare_compiled([checkpoint.shape for checkpoint in checkpoints.all], device, dtype, progress)
+    shapes = [checkpoint.shape for checkpoint in checkpoints.all]
+    if compiles_layers(
+        settings,
+        shapes,
+        placement,
+        progress,
+        num_bytes=_weight_bytes(checkpoints, placement),
+        offloads=offloads,
+    ):
         placement = replace(placement, form=PanelLinear)
     with needing_memory(
         "while the weights were loaded",
@@ -144,7 +154,7 @@ def build_decoder(
         device=device,
     )
     turns_TF = rotations(checkpoint, capacity.num_positions, device, dtype)
-    if settings.compile_layers:
+    if isinstance(weights.head, PanelLinear):
         return make_compiled(weights, shape, cache, turns_TF)
     attention = make_attention(
         settings.attention,
@@ -164,10 +174,14 @@ def _load(checkpoint: Checkpoint, placement: Placement, progress: Progress, *, o
         )
 
 
+def _weight_bytes(checkpoints: Checkpoints, placement: Placement) -> int:
+    return sum(weight_bytes(checkpoint, placement.dtype) for checkpoint in checkpoints.all)
+
+
 def _offloads(settings: EngineSettings, checkpoints: Checkpoints, placement: Placement) -> bool:
     """Whether weights lie elsewhere. Raises SettingsError where shares of them would have to."""
     shard, device = placement.shard, placement.device
-    num_bytes = sum(weight_bytes(checkpoint, placement.dtype) for checkpoint in checkpoints.all)
+    num_bytes = _weight_bytes(checkpoints, placement)
     # On a CPU the ranks share one memory.
     num_own_bytes = num_bytes if device.type == "cpu" else num_bytes // shard.size
     is_too_large = exceeds_device(num_own_bytes, device)

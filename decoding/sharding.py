@@ -91,7 +91,7 @@ def check_shards(settings: EngineSettings, checkpoints: Sequence[Checkpoint], sh
         return
     named = f"tensor_parallel_size {size}"
     barred = {
-        "compile_layers": settings.compile_layers,
+        "compile_layers": settings.compile_layers is True,
         f"loader {Loader.ACCELERATE}": settings.loader is Loader.ACCELERATE,
         "draft_vocab_size": settings.draft_vocab_size is not None,
     }

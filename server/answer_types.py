@@ -220,6 +220,7 @@ class ServerInfoAnswer(TypedDict):
     dtype: str
     device: str
     tensor_parallel_size: int
+    is_compiled: bool
     num_layers: int
     vocab_size: int
     allowed_exit_layers: list[int]

@@ -43,6 +43,7 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         "dtype": ready.dtype,
         "device": ready.device,
         "tensor_parallel_size": ready.tensor_parallel_size,
+        "is_compiled": ready.is_compiled,
         "num_layers": limits.num_layers,
         "vocab_size": limits.vocab_size,
         "allowed_exit_layers": limits.allowed_exit_layers,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config.errors import SettingsError
 from config.settings import BUNDLED_CHECKPOINT, EngineSettings
-from decoding import compiled_library
+from decoding import compiled_library, compiling
 from decoding.compiled import PanelLinear
 from decoding.coupling import choose
 from decoding.engine import Engine
@@ -33,7 +33,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
     """What is compiled here is compiled anew."""
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    num_threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(num_threads)
     patch.undo()
 
 
@@ -199,6 +201,46 @@ def test_float64_and_odd_widths_are_refused(tmp_path: Path) -> None:
         engine(folder, compile_layers=True, dtype="float64")
     with pytest.raises(SettingsError, match="multiples of 16"):
         engine(folder, compile_layers=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("settings", "is_compiled"),
+    [
+        ({}, True),
+        ({"num_threads": 2}, True),
+        ({"dtype": "bfloat16"}, True),
+        ({"dtype": "float64"}, False),
+        ({"attention": "gather"}, False),
+        ({"compile_layers": False}, False),
+        ({"draft_model": str(BUNDLED_CHECKPOINT)}, True),
+    ],
+)
+def test_layers_are_compiled_where_that_is_possible(settings: dict[str, object], is_compiled: bool) -> None:
+    asked = {"num_threads": 1, "exit_layer": 1, "draft_length": 1, "num_blocks": 64} | settings
+    assert (
+        Engine.load(EngineSettings(model=str(BUNDLED_CHECKPOINT), **asked)).ready.is_compiled is is_compiled
+    )
+
+
+def test_large_models_keep_their_threads_and_odd_ones_their_layers(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compiling, "_SMALL_BYTES", 1 << 20)
+    for folder, num_threads in ((BUNDLED_CHECKPOINT, 2), (make_checkpoint(tmp_path, head_dim=8), 1)):
+        settings = EngineSettings(
+            model=str(folder), num_threads=num_threads, exit_layer=1, draft_length=1, num_blocks=64
+        )
+        assert not Engine.load(settings).ready.is_compiled
+
+
+def test_without_a_compiler_layers_stay_uncompiled_and_it_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    stages = []
+    loaded = Engine.load(
+        EngineSettings(num_threads=1, exit_layer=1, draft_length=1, num_blocks=64),
+        progress=lambda stage, _: stages.append(stage),
+    )
+    assert not loaded.ready.is_compiled
+    assert any("layers stay uncompiled: compile_layers: no C++ compiler" in stage for stage in stages)
 
 
 def test_without_a_compiler_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
