@@ -101,6 +101,9 @@ class EngineSettings(BaseModel, frozen=True, extra="forbid"):
     draft_length: int | None = Field(
         default=None, ge=0, description="Draft length of requests that name none; unset: from the profile."
     )
+    drafter: Literal["early_exit", "lookup", "hybrid", "model", "none"] = Field(
+        default="early_exit", description="Who drafts for requests that do not say."
+    )
     mixed_exit_layers: ExitPolicy = Field(
         default=ExitPolicy.EXACT,
         description="When requests of one step ask for different exit layers: exact, each drafts at its own; "

@@ -22,7 +22,7 @@ from decoding.draft_checkpoint import Checkpoints
 from decoding.exits import Speculation, resolve_speculation
 from decoding.graphs import Recorder
 from decoding.memory_shortage import needing_memory
-from decoding.messages import Decoded, Generate, Limits, Ready, StepReport
+from decoding.messages import Decoded, Drafter, Generate, Limits, Ready, StepReport
 from decoding.parallel import ALONE, Ranks
 from decoding.planning import StepLimits
 from decoding.reports import CycleTimes
@@ -207,4 +207,5 @@ def _limits(
         default_draft_length=speculation.draft_length,
         max_draft_length=settings.max_draft_length,
         has_draft_model=settings.draft_model is not None,
+        default_drafter=Drafter(settings.drafter),
     )

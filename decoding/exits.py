@@ -61,6 +61,8 @@ def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Specula
         raise SettingsError(
             f"draft_length {settings.draft_length} exceeds max_draft_length {settings.max_draft_length}"
         )
+    if settings.drafter == "model" and settings.draft_model is None:
+        raise SettingsError("drafter model: there is none; pass --draft-model, or another drafter")
     known_length = profile.draft_length if profile else _DRAFT_LENGTH
     return Speculation(
         allowed_exit_layers=allowed,

@@ -206,9 +206,9 @@ class Limits(msgspec.Struct, frozen=True):
     """What the loaded checkpoint and the KV cache allow; requests are validated against it.
 
     `max_draft_length` bounds a request's `draft_length`; `allowed_exit_layers` is sorted and not empty;
-    `num_blocks * block_size` is the number of KV tokens. Requests that name no exit layer or draft length get the
-    default; where it is None the worker chooses, and begins with the first. Only with a draft model may they ask
-    for its drafts.
+    `num_blocks * block_size` is the number of KV tokens. Requests that name no exit layer, draft length or drafter
+    get the default; where it is None the worker chooses, and begins with the first. Only with a draft model may
+    they ask for its drafts.
     """
 
     num_layers: int
@@ -224,6 +224,7 @@ class Limits(msgspec.Struct, frozen=True):
     default_draft_length: int | None
     max_draft_length: int
     has_draft_model: bool = False
+    default_drafter: Drafter = Drafter.EARLY_EXIT
 
 
 class TextAssets(msgspec.Struct, frozen=True):

@@ -226,6 +226,7 @@ class ServerInfoAnswer(TypedDict):
     allowed_exit_layers: list[int]
     default_exit_layer: int | Literal["auto"]
     default_draft_length: int | Literal["auto"]
+    default_drafter: str
     first_exit_layer: int
     first_draft_length: int
     has_draft_model: bool

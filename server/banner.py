@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TextIO
 
-from decoding.messages import Limits, Ready
+from decoding.messages import Drafter, Limits, Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,8 @@ def _draft_model(ready: Ready) -> str:
 
 def _drafts(limits: Limits) -> str:
     """What a request gets that asks for nothing."""
+    if limits.default_drafter is not Drafter.EARLY_EXIT:
+        return f'"drafter": "{limits.default_drafter}" where a request names none'
     layer, length = limits.default_exit_layer, limits.default_draft_length
     if layer is None and length is None:
         return f"chosen step by step, from {limits.first_exit_layer} on"

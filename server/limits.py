@@ -94,7 +94,7 @@ def resolve_speculation(request: GenerationParams, limits: Limits) -> Speculatio
     return Speculation(
         exit_layer=limits.default_exit_layer if exit_layer is None else exit_layer,
         draft_length=limits.default_draft_length if draft_length is None else draft_length,
-        drafter=request.drafter or Drafter.EARLY_EXIT,
+        drafter=request.drafter or limits.default_drafter,
     )
 
 

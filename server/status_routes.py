@@ -49,6 +49,7 @@ def _model_info(model: ServedModel) -> dict[str, object]:
         "allowed_exit_layers": limits.allowed_exit_layers,
         "default_exit_layer": or_auto(limits.default_exit_layer),
         "default_draft_length": or_auto(limits.default_draft_length),
+        "default_drafter": limits.default_drafter,
         "first_exit_layer": limits.first_exit_layer,
         "first_draft_length": limits.first_draft_length,
         "has_draft_model": limits.has_draft_model,

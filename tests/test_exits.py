@@ -8,6 +8,7 @@ from config.errors import SettingsError
 from config.profiles import known_profiles
 from config.settings import EngineSettings
 from decoding.exits import Speculation, resolve_speculation
+from decoding.messages import Drafter
 
 UNKNOWN = "someone/else"
 
@@ -85,6 +86,13 @@ def test_a_default_draft_length_stays_within_the_longest_allowed() -> None:
     assert resolve(max_draft_length=64).first_draft_length > 0
     assert "max_draft_length 2" in refusal(draft_length=3, max_draft_length=2)
     assert resolve(draft_length=3, max_draft_length=3).draft_length == 3
+
+
+def test_a_default_drafter_without_its_model_is_refused() -> None:
+    assert "--draft-model" in refusal(drafter="model")
+    resolve(drafter="model", draft_model=UNKNOWN)
+    for drafter in set(Drafter) - {Drafter.MODEL}:
+        resolve(drafter=drafter)
 
 
 def test_a_checkpoint_of_one_layer_is_refused_in_one_line() -> None:

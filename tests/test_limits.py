@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from config.server_settings import ServerSettings
 from config.setting_types import SchedulingPolicy
 from config.settings import BUNDLED_CHECKPOINT, EngineSettings
-from decoding.messages import LogitEdits, SamplingParams, TextAssets
+from decoding.messages import Drafter, LogitEdits, SamplingParams, TextAssets
 from server.codec import Codec
 from server.edits import resolve_edits
 from server.errors import AnswerTooLong, InvalidRequest
@@ -106,6 +107,13 @@ def test_drafts_outside_the_limits_are_refused_with_the_allowed_values(body, par
 )
 def test_drafts_are_the_servers_where_the_request_names_none(body, expected):
     assert resolve_speculation(parse(**body), LIMITS) == expected
+
+
+def test_the_drafter_is_the_servers_where_the_request_names_none():
+    limits = structs.replace(LIMITS, default_drafter=Drafter.HYBRID)
+    assert resolve_speculation(parse(), limits).drafter is Drafter.HYBRID
+    assert resolve_speculation(parse(drafter="none"), limits).drafter is Drafter.NONE
+    assert resolve_speculation(parse(drafter="early_exit"), limits).drafter is Drafter.EARLY_EXIT
 
 
 def test_sampling_is_the_checkpoints_where_the_request_names_none():

@@ -135,6 +135,7 @@ def test_every_setting_is_read_from_its_flag_and_from_its_variable(environment, 
         "scheduling_policy": "priority",
         "gpu_memory_utilization": "0.5",
         "compile_layers": "true",
+        "drafter": "lookup",
         "enforce_eager": "true",
     }
     value = samples.get(name, "7")
