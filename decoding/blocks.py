@@ -5,6 +5,7 @@ Knows block ids and token ids; knows no tensors and no requests.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as TokenIds
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 ROOT: Final = 0
-"""The chain that every sequence starts from."""
+"""The chain that sequences without a salt start from."""
 
 _Key = tuple[int, tuple[int, ...]]
 
@@ -24,10 +25,9 @@ class PrefixHit:
     block_ids: tuple[int, ...] = ()
     chains: tuple[int, ...] = ()
 
-    @property
-    def chain(self) -> int:
-        """What stands for all of them."""
-        return self.chains[-1] if self.chains else ROOT
+    def chain(self, root: int) -> int:
+        """What stands for all of them, found from that root on."""
+        return self.chains[-1] if self.chains else root
 
 
 _NOTHING: Final = PrefixHit()
@@ -64,9 +64,9 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def find_prefix(
-        self, token_ids: TokenIds[int], *, max_tokens: int, before: PrefixHit = _NOTHING
+        self, token_ids: TokenIds[int], *, max_tokens: int, root: int = ROOT, before: PrefixHit = _NOTHING
     ) -> PrefixHit:
-        """The longest run of published blocks that starts `token_ids`, of at most `max_tokens` tokens.
+        """The longest run of blocks published from this root on that starts `token_ids`, of at most `max_tokens`.
 
         `before` is what an earlier look found of the same ids: what is still there of it is not hashed again.
         """
@@ -74,7 +74,7 @@ class BlockPool:
         num_known = min(self._num_still_published(before), max_tokens // size)
         block_ids, chains = list(before.block_ids[:num_known]), list(before.chains[:num_known])
         for end in range((num_known + 1) * size, max_tokens + 1, size):
-            found = self._published.get((chains[-1] if chains else ROOT, tuple(token_ids[end - size : end])))
+            found = self._published.get((chains[-1] if chains else root, tuple(token_ids[end - size : end])))
             if found is None:
                 break
             block_ids.append(found[0])
@@ -144,6 +144,11 @@ class BlockPool:
             key: (block_id, self._chain_of[block_id]) for block_id, key in self._key_of.items()
         }
         assert self._chain_of.keys() == self._key_of.keys()
+
+
+def salted_root(salt: str) -> int:
+    """Where chains of blocks begin that are shared among those who know the salt; below all others' numbers."""
+    return -int.from_bytes(hashlib.sha256(salt.encode()).digest()) if salt else ROOT
 
 
 def num_publishable(*, num_computed: int, block_size: int) -> int:

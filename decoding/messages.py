@@ -79,7 +79,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     choice to the worker, step by step. `traces_drafts` asks for the ids of all drafts.
 
     Of those that wait the one of lowest `priority` is admitted first, of several the oldest; 0 is the usual one.
-    `resumed_ids` are new tokens that a worker reported before it died: the sequence goes on behind them.
+    `resumed_ids` are new tokens that a worker reported before it died: the sequence goes on behind them. What it
+    computes is shared with sequences of the same `cache_salt` only.
     """
 
     sequence_id: int
@@ -95,6 +96,7 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
     prompt_logprobs: int | None = None
     traces_drafts: bool = False
     priority: int = 0
+    cache_salt: str = ""
     resumed_ids: list[int] = []
 
     def resumed(self, reported_ids: list[int]) -> Generate:
@@ -134,9 +136,8 @@ class Decoded(msgspec.Struct, frozen=True):
 
     `token_ids` are new and in order; a stop token that ended the sequence is the last of them. `drafted`
     and `kept` count this cycle's drafts of this sequence, made by `drafter`; drafts by early exit were made at
-    `exit_layer`. `finish_reason` is set on the
-    sequence's last event and only there. `queued_s` and `num_cached_tokens` (prompt tokens whose KV came
-    from the prefix cache) are set on its first event and only there.
+    `exit_layer`. `finish_reason` is set on the sequence's last event and only there. `queued_s` and
+    `num_cached_tokens` (prompt tokens whose KV came from the prefix cache) are set on its first and only there.
 
     `logprobs` are those of `token_ids`, if asked for. `prompt_logprobs` come with the first event, from the
     prompt's second token on: the first has nothing before it. `drafted_ids` are this cycle's drafts, kept ones

@@ -210,30 +210,32 @@ class Scheduler:
         # So are the tokens whose successors' probabilities are asked for.
         max_tokens = len(known) - 1 if first.is_prompt_scored else 0
         # It may wait for many steps, and its prompt be long.
-        first.found = hit = self._pool.find_prefix(known, max_tokens=max_tokens, before=first.found)
-        if self._is_being_computed(known, max_tokens, beyond=len(hit.block_ids)):
+        first.found = hit = self._pool.find_prefix(
+            known, root=first.root, max_tokens=max_tokens, before=first.found
+        )
+        if self._is_being_computed(first, max_tokens, beyond=len(hit.block_ids)):
             return None
         num_missing = self._num_blocks(len(known)) - len(hit.block_ids)
         return hit if num_missing <= self._pool.num_allocatable_beside(hit) else None
 
-    def _is_being_computed(self, known: list[int], max_tokens: int, *, beyond: int) -> bool:
-        """Whether a running prompt will soon publish more blocks of the first `max_tokens` of these ids than the
-        `beyond` that are there.
+    def _is_being_computed(self, waiting: Sequence, max_tokens: int, *, beyond: int) -> bool:
+        """Whether a running prompt will soon publish more blocks of the first `max_tokens` of this one's ids than
+        the `beyond` that are there.
 
         Choices of one prompt come together; the others wait for the first instead of computing it again.
         """
         end = (beyond + 1) * self._pool.block_size
         return end <= max_tokens and any(
-            sequence.num_computed < end and sequence.token_ids[:end] == known[:end]
+            sequence.num_computed < end and sequence.token_ids[:end] == waiting.token_ids[:end]
             for sequence in self._running
-            if sequence.num_pending > 1
+            if sequence.num_pending > 1 and sequence.root == waiting.root
         )
 
     def _admit(self, hit: PrefixHit) -> Sequence:
         """Start the first that waits on the cached start of it."""
         sequence = self._waiting.pop(0)
         sequence.block_ids = self._pool.acquire(hit)
-        sequence.chain = hit.chain
+        sequence.chain = hit.chain(sequence.root)
         sequence.num_published = len(hit.block_ids)
         sequence.num_computed = sequence.num_followed = len(hit.block_ids) * self._pool.block_size
         if sequence.queued_s is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from decoding.acceptance_record import RowRecord
-from decoding.blocks import ROOT, PrefixHit
+from decoding.blocks import PrefixHit, salted_root
 from decoding.edits import Editor, Tally
 from decoding.lookup import NgramSearch
 from decoding.messages import Drafter, FinishReason, Generate, TokenLogprob
@@ -35,7 +35,8 @@ class Sequence:
     num_computed: int = 0
     num_followed: int = 0
     block_ids: list[int] = field(default_factory=list)
-    chain: int = ROOT
+    root: int = field(init=False)
+    chain: int = field(init=False)
     found: PrefixHit = field(default_factory=PrefixHit)
     num_published: int = 0
     queued_s: float | None = None
@@ -46,6 +47,7 @@ class Sequence:
     drafts: RowRecord = field(default_factory=RowRecord)
 
     def __post_init__(self) -> None:
+        self.root = self.chain = salted_root(self.request.cache_salt)
         self.token_ids = [*self.request.prompt_ids, *self.request.resumed_ids]
         if self.editor is not None and self.editor.penalises:
             self.tally = Tally(self.editor.asked, self.request.prompt_ids, self.request.resumed_ids)
@@ -104,5 +106,5 @@ class Sequence:
         self.num_computed = 0
         self.num_followed = 0
         self.block_ids = []
-        self.chain = ROOT
+        self.chain = self.root
         self.num_published = 0

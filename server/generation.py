@@ -92,7 +92,6 @@ class SequencePlanner:
     def sequences(self, prompts: Sequence[PlannedPrompt]) -> list[Generate]:
         """One for each choice of each prompt. Raises ApiError; takes no resource of the worker."""
         request, speculation = self.request, self.speculation
-        priority = resolve_priority(request, self.model.settings)
         seed = secrets.randbits(SEED_BITS) if request.seed is None else request.seed
         self.model.codec.check_ids(request.stop_token_ids or (), param="stop_token_ids")
         shapes = [self._shape(prompt) for prompt in prompts]
@@ -110,7 +109,8 @@ class SequencePlanner:
                 logprobs=request.num_top_logprobs,
                 prompt_logprobs=self.num_prompt_top,
                 traces_drafts=bool(request.return_draft_trace),
-                priority=priority,
+                priority=resolve_priority(request, self.model.settings),
+                cache_salt=request.cache_salt or "",
             )
             for prompt_index, (max_new_tokens, sampling) in enumerate(shapes)
             for choice_index in range(request.num_choices)

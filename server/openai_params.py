@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,7 +35,6 @@ _ALIASES: Final = {
 # Each with the values that ask for nothing; null asks for nothing everywhere.
 _UNSUPPORTED: Final[dict[str, tuple[object, ...]]] = {
     "audio": (),
-    "cache_salt": (),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "documents": ([],),
@@ -208,6 +208,7 @@ class GenerationParams(BaseModel, ABC):
     draft_length: Annotated[_Auto, WithJsonSchema(_auto_schema(0))] = None
     drafter: Drafter | None = None
 
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(encodable)] | None = None
     priority: Annotated[Integer, Field(ge=-(2**31), le=2**31 - 1)] | None = None
 
     @model_validator(mode="before")

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from decoding.blocks import ROOT, BlockPool, PrefixHit, num_publishable
+from decoding.blocks import ROOT, BlockPool, PrefixHit, num_publishable, salted_root
 
 Prefix = tuple[int, ...]
 
@@ -22,7 +22,7 @@ class Holder:
         self.tokens = tokens
         self.block_ids = block_ids
         self.num_published = len(hit.block_ids)
-        self.chain = hit.chain
+        self.chain = hit.chain(ROOT)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -161,6 +161,18 @@ def test_what_an_earlier_look_found_is_looked_up_anew_where_its_block_holds_some
     assert pool.allocate(1) == [start]
     publish_all(pool, [start], [5])
     assert pool.find_prefix([5, 6], max_tokens=2, before=before).block_ids == (start,)
+
+
+def test_blocks_are_shared_among_those_of_one_salt() -> None:
+    pool, roots = BlockPool(num_blocks=4, block_size=1), [ROOT, salted_root("a"), salted_root("b")]
+    assert len(set(roots)) == 3
+    assert salted_root("a") == roots[1] < ROOT
+    for root in roots:
+        assert pool.find_prefix([7], root=root, max_tokens=1) == PrefixHit()
+        (block_id,) = pool.allocate(1)
+        pool.publish(block_id, chain=root, token_ids=[7])
+        assert pool.find_prefix([7], root=root, max_tokens=1).block_ids == (block_id,)
+    pool.check_integrity([[0], [1], [2]])
 
 
 def test_a_hit_never_exceeds_the_tokens_allowed() -> None:

@@ -106,6 +106,10 @@ def test_a_million_bad_ids_are_one_error():
         ("truncate_prompt_tokens", -2),
         ("return_token_ids", 1),
         ("return_draft_trace", "yes"),
+        ("cache_salt", ""),
+        ("cache_salt", 7),
+        ("cache_salt", "\ud800"),
+        ("cache_salt", "x" * 1025),
         ("request_id", "a b"),
         ("request_id", ""),
     ],
@@ -152,7 +156,6 @@ def test_auto_is_the_servers_choice():
         ("prompt_embeds", "x"),
         ("spaces_between_special_tokens", False),
         ("truncation_side", "right"),
-        ("cache_salt", "x"),
     ],
 )
 def test_known_parameters_that_are_not_offered_are_refused_by_name(name, value):
@@ -175,6 +178,8 @@ def test_known_parameters_that_are_not_offered_are_refused_by_name(name, value):
         ("use_beam_search", False),
         ("stop_token_ids", []),
         ("priority", 0),
+        ("cache_salt", None),
+        ("cache_salt", "a secret"),
         ("spaces_between_special_tokens", True),
         ("stop", []),
         ("something_new", {"a": 1}),

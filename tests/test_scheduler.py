@@ -208,6 +208,18 @@ def test_a_prompt_that_waits_for_blocks_is_looked_up_once() -> None:
     assert hashed[-1] - hashed[0] <= 4 * 16
 
 
+def test_nothing_is_shared_with_another_salt() -> None:
+    """Not what was computed, and nobody waits for what is being."""
+    under_test = scheduler(num_blocks=64)
+    for sequence_id, salt in enumerate(("ours", "", "ours", "theirs")):
+        asked = replace(request(sequence_id), prompt_ids=list(range(64)), max_new_tokens=1, cache_salt=salt)
+        under_test.submit(asked)
+    cached = {}
+    while (plan := under_test.plan()) is not None:
+        cached |= {event.sequence_id: event.num_cached_tokens for event in under_test.commit(refused(plan))}
+    assert cached == {0: 0, 1: 0, 2: 48, 3: 0}
+
+
 def test_another_prompt_waits_for_nobody() -> None:
     under_test = scheduler(budget=64)
     under_test.submit(request(1, prompt=40))
