@@ -21,8 +21,8 @@ from torch import Tensor
 from decoding.kv_cache import KVCache
 from decoding.ragged import LENGTH_CLASSES, Ints, Ragged, length_classes
 
-_SHORT_CONTEXT: Final = 512
-"""Padding a row to a context up to this costs less than attending it in a call of its own."""
+_CLASS_ENDS: Final = 512 * 4 ** np.arange(16)
+"""Longest context of each class. Padding a row to the shortest of these costs less than a call of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +242,7 @@ class GatherAttention:
 
 def context_classes(contexts_B: Ints) -> Ints:
     """Classes of context lengths: rows of one class differ by a factor of four at most, or are short."""
-    times_short_B = np.maximum(contexts_B, _SHORT_CONTEXT) / _SHORT_CONTEXT
-    classes_B: Ints = np.ceil(np.log(times_short_B) / np.log(4)).astype(np.int64)
+    classes_B: Ints = np.searchsorted(_CLASS_ENDS, contexts_B)
     return classes_B
 
 

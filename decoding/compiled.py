@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config.caches import cache_folder
+from decoding import compiled_structs as structs
 from decoding.attention import Arrangement, AttentionShape, Queries
 from decoding.compiled_library import build
 from decoding.kv_cache import KVCache
@@ -33,33 +34,6 @@ HEAD_WIDTHS: Final = (16, 32, 64, 80, 96, 128)
 """What it is made for."""
 
 _STORED: Final = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "down", "cache")
-    ]
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("width", "num_heads", "num_kv_heads", "head_width", "mlp_width")
-        ),
-        ("eps", ctypes.c_float),
-        ("stored", ctypes.c_int32),
-        ("cached", ctypes.c_int32),
-        ("layers", ctypes.POINTER(_Layer)),
-    ]
-
-
-class _Tokens(ctypes.Structure):
-    _fields_ = [
-        ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("slots", "rotations", "contexts", "starts", "lengths")),
-    ]
 
 
 class PanelLinear:
@@ -88,11 +62,10 @@ def _shortest(weight_OI: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Placed(Queries):
-    """Where tokens are stored, how they are rotated and what they see; the arrays live as long as this does."""
+    """Which tokens stand where; the arrays live as long as this does."""
 
-    tokens: _Tokens
+    tokens: structs.Tokens
     arrays: tuple[Ints, ...]
-    rotations_NF: Tensor
 
 
 class SlotAttention:
@@ -100,31 +73,19 @@ class SlotAttention:
 
     def __init__(self, cache: KVCache, rotations_TF: Tensor) -> None:
         self.cache = cache
-        self._rotations_TF = rotations_TF
+        self.rotations_TF = rotations_TF
 
     def arrange(self, tokens: Ragged, classes_B: Ints) -> Arrangement:
         """Nothing is padded, whatever the rows."""
         return Arrangement(tokens)
 
     def queries(self, arrangement: Arrangement, slots_BT: Ints, starts_B: Ints) -> Queries:
-        """Look up where each token is stored and how far it sees."""
+        """Say which tokens stand where; compiled code looks up the rest."""
         tokens = arrangement.tokens
-        rows_N = tokens.rows_N
-        positions_N = starts_B[rows_N] + tokens.steps_N
-        contexts_BT = np.ascontiguousarray(slots_BT)
-        slots_N = contexts_BT[rows_N, positions_N]
-        starts_N, lengths_N = rows_N * contexts_BT.shape[1], positions_N + 1
-        rotations_NF = self._rotations_TF.index_select(0, torch.from_numpy(positions_N))
-        arrays = slots_N, contexts_BT, starts_N, lengths_N
-        placed = _Tokens(
-            len(rows_N),
-            slots_N.ctypes.data,
-            rotations_NF.data_ptr(),
-            contexts_BT.ctypes.data,
-            starts_N.ctypes.data,
-            lengths_N.ctypes.data,
-        )
-        return _Placed(placed, arrays, rotations_NF)
+        arrays = tokens.rows_N, tokens.steps_N, np.ascontiguousarray(starts_B), np.ascontiguousarray(slots_BT)
+        places = (array.ctypes.data for array in arrays)
+        placed = structs.Tokens(len(tokens.rows_N), slots_BT.shape[1], *places, self.rotations_TF.data_ptr())
+        return _Placed(placed, arrays)
 
     def attend(self, layer: int, qkv_NW: Tensor, queries: Queries) -> Tensor:
         """Never asked for."""
@@ -142,6 +103,7 @@ class CompiledDecoder(LlamaDecoder):
     ) -> None:
         super().__init__(weights, attention)
         self._library = library
+        self._rotations_TF = attention.rotations_TF
         matrices = [
             m for layer in weights.layers for m in (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
         ]
@@ -156,7 +118,7 @@ class CompiledDecoder(LlamaDecoder):
         self._final_norm_D = _norm(weights.final_norm)
         self._head = linears[-1]
         self._layers = _layers(linears[:-1], self._norms_D, attention.cache)
-        self._model = _Model(
+        self._model = structs.Model(
             weights.embedding_VD.shape[1],
             shape.num_heads,
             shape.num_kv_heads,
@@ -167,6 +129,46 @@ class CompiledDecoder(LlamaDecoder):
             CACHED.index(attention.cache.layer(0).dtype),
             self._layers,
         )
+
+    def draft(
+        self,
+        exit_layer: int,
+        num_rows_K: Ints,
+        last_ids_B: Tensor,
+        slots_BT: Ints,
+        num_computed_B: Ints,
+        sampling: Sampling,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids [M] and exit hiddens [M, D] of all drafts, step after step: what the steps give one by one.
+
+        The first `num_rows_K[k]` rows draft in step k, none of them ever again once it is left out.
+        """
+        num_drafts, width = int(num_rows_K.sum()), self._weights.embedding_VD.shape[1]
+        ids_M, exits_MD = torch.empty(num_drafts, dtype=torch.int64), torch.empty(num_drafts, width)
+        contexts_BT = np.ascontiguousarray(slots_BT)
+        # Kept until the call returns.
+        columns = [each.contiguous() for each in _columns(sampling)]
+        drafting = structs.Drafting(
+            len(num_rows_K),
+            exit_layer,
+            self._head.shape[0],
+            len(self._head.panels) * LANES,
+            contexts_BT.shape[1],
+            num_rows_K.ctypes.data,
+            last_ids_B.data_ptr(),
+            num_computed_B.ctypes.data,
+            contexts_BT.ctypes.data,
+            self._weights.embedding_VD.data_ptr(),
+            self._rotations_TF.data_ptr(),
+            self._final_norm_D.data_ptr(),
+            self._head.panels.data_ptr(),
+            *(column.data_ptr() for column in columns),
+            ids_M.data_ptr(),
+            exits_MD.data_ptr(),
+        )
+        self._library.draft_tokens(ctypes.byref(self._model), ctypes.byref(drafting))
+        self.num_layer_calls += exit_layer * len(num_rows_K)
+        return ids_M, exits_MD
 
     def run_layers(self, hidden_ND: Tensor, first: int, last: int, queries: Queries) -> Tensor:
         """Residual stream after layers first … last − 1; `hidden_ND` is what enters `first`, and is kept."""
@@ -206,15 +208,8 @@ class CompiledDecoder(LlamaDecoder):
         chosen_N = torch.empty(len(logits_NV), dtype=torch.int64)
         assert logits_NV.dtype == torch.float32
         assert logits_NV.stride(1) == 1
-        columns = [
-            sampling.temperatures_N,
-            sampling.top_ps_N,
-            sampling.min_ps_N,
-            *sampling.keys_2N,
-            positions_N,
-        ]
         # Kept until the call returns: a column that is not contiguous is copied.
-        columns = [column.contiguous() for column in columns]
+        columns = [column.contiguous() for column in (*_columns(sampling), positions_N)]
         self._library.choose_tokens(
             ctypes.c_void_p(logits_NV.data_ptr()),
             ctypes.c_int64(len(logits_NV)),
@@ -234,6 +229,11 @@ def make_compiled(
     return CompiledDecoder(weights, attention, shape, build(cache_folder())), attention
 
 
+def _columns(sampling: Sampling) -> tuple[Tensor, ...]:
+    """What the compiled choice reads of it."""
+    return sampling.temperatures_N, sampling.top_ps_N, sampling.min_ps_N, *sampling.keys_2N
+
+
 def _panels(linear: object) -> PanelLinear:
     assert isinstance(linear, PanelLinear)
     return linear
@@ -245,13 +245,13 @@ def _norm(norm: RmsNorm) -> Tensor:
 
 def _layers(
     linears: Sequence[PanelLinear], norms_D: Sequence[Tensor], cache: KVCache
-) -> ctypes.Array[_Layer]:
+) -> ctypes.Array[structs.Layer]:
     """Addresses of four matrices and two norms for each layer."""
     num_layers = len(linears) // 4
-    layers = (_Layer * num_layers)()
+    layers = (structs.Layer * num_layers)()
     for index in range(num_layers):
         qkv, out, gate_up, down = (linear.panels.data_ptr() for linear in linears[4 * index : 4 * index + 4])
         attention_norm, mlp_norm = (norm.data_ptr() for norm in norms_D[2 * index : 2 * index + 2])
         cached = cache.layer(index).data_ptr()
-        layers[index] = _Layer(attention_norm, qkv, out, mlp_norm, gate_up, down, cached)
+        layers[index] = structs.Layer(attention_norm, qkv, out, mlp_norm, gate_up, down, cached)
     return layers

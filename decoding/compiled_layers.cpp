@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "compiled_model.h"
 #include "compiled_vectors.h"
 
 namespace {
@@ -113,45 +114,18 @@ void attend_head(const float *query_F, const Cached *layer, int64_t slot_width, 
     for (int part = 0; part < PARTS; part++) store(attended_F + part * LANES, sums[part] / whole);
 }
 
-struct Layer {
-    const float *attention_norm;
-    const void *qkv;
-    const void *attention_out;
-    const float *mlp_norm;
-    const void *gate_up;
-    const void *down;
-    void *cache;
-};
-
-struct Model {
-    int64_t width, num_heads, num_kv_heads, head_width, mlp_width;
-    float eps;
-    int32_t stored;
-    int32_t cached;
-    const Layer *layers;
-};
-
-struct Tokens {
-    int64_t count;
-    const int64_t *slots;
-    const float *rotations;
-    const int64_t *contexts;
-    const int64_t *starts;
-    const int64_t *lengths;
-};
-
 template <class Cached>
 void attend_token(const Model &model, const Layer &layer, const Tokens &tokens, int64_t token, const float *query,
                   float *scores, float *attended) {
     const int64_t width = model.head_width, slot_width = 2 * model.num_kv_heads * width;
     const int64_t repeats = model.num_heads / model.num_kv_heads;
-    const int64_t *slots = tokens.contexts + tokens.starts[token];
+    const int64_t *slots = tokens.slots(token), length = tokens.position(token) + 1;
     for (int64_t head = 0; head < model.num_heads; head++) {
         const int64_t key_at = head / repeats * width, value_at = (model.num_kv_heads + head / repeats) * width;
         const auto attend = [&](auto parts) {
             attend_head<Cached, decltype(parts)::value>(query + head * width, static_cast<Cached *>(layer.cache),
-                                                        slot_width, key_at, value_at, slots, tokens.lengths[token],
-                                                        scores, attended + head * width);
+                                                        slot_width, key_at, value_at, slots, length, scores,
+                                                        attended + head * width);
         };
         switch (width / LANES) {
         case 1: attend(std::integral_constant<int, 1>{}); break;
@@ -170,14 +144,15 @@ template <class Cached> void rotate_and_store(const Model &model, const Layer &l
     const int64_t rotated = model.num_heads * width + kv_width, stride = rotated + kv_width;
     for (int64_t token = 0; token < tokens.count; token++) {
         float *own = qkv + token * stride;
-        const float *turns = tokens.rotations + token * width;
+        const int64_t position = tokens.position(token);
+        const float *turns = tokens.rotations + position * width;
         for (int64_t at = 0; at < rotated; at += 2) {
             const float *turn = turns + at % width;
             const float real = own[at] * turn[0] - own[at + 1] * turn[1];
             own[at + 1] = own[at] * turn[1] + own[at + 1] * turn[0];
             own[at] = real;
         }
-        Cached *slot = static_cast<Cached *>(layer.cache) + tokens.slots[token] * 2 * kv_width;
+        Cached *slot = static_cast<Cached *>(layer.cache) + tokens.slots(token)[position] * 2 * kv_width;
         for (int64_t at = 0; at < 2 * kv_width; at += LANES) store(slot + at, load(own + rotated - kv_width + at));
     }
 }
@@ -187,7 +162,8 @@ void run(const Model &model, int64_t first, int64_t last, float *hidden, const T
     const int64_t count = tokens.count, width = model.width, mlp = model.mlp_width;
     const int64_t query_width = model.num_heads * model.head_width;
     const int64_t qkv_width = query_width + 2 * model.num_kv_heads * model.head_width;
-    const int64_t longest = *std::max_element(tokens.lengths, tokens.lengths + count);
+    int64_t longest = 0;
+    for (int64_t token = 0; token < count; token++) longest = std::max(longest, tokens.position(token) + 1);
     static thread_local std::vector<float> scratch;
     scratch.resize(count * (2 * width + qkv_width + query_width + 2 * mlp) + longest + LANES);
     float *normed = scratch.data(), *added = normed + count * width, *qkv = added + count * width;

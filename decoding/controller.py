@@ -32,6 +32,9 @@ _OBSERVED_STEPS: Final = 17
 `_KEPT_STEPS`, lest all that are learned from are steps in which something is weighed.
 """
 
+_NOT_THIS: Final = 2
+"""The host's time is learned in the step that follows."""
+
 _SEARCH_STEPS: Final = 64
 """How often all exit layers are weighed; in between, the last and its neighbours."""
 
@@ -125,6 +128,7 @@ class Controller:
         self._num_drafts = 0
         self._num_lookups = 0
         self._num_outcomes = 0
+        self._host_steps = 0
         self._first_exit_layer = first_exit_layer
         self.exit_layer = first_exit_layer
         self.pays = True
@@ -172,14 +176,16 @@ class Controller:
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
         self._num_outcomes += 1
-        if self._observes:
+        if self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0:
             self._costs.observe(
                 outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
             )
+            self._host_steps = _NOT_THIS
 
     def host_took(self, num_rows: int, host_s: float) -> None:
-        """Keep the costs current."""
-        if self._observes:
+        """Keep the costs current, by the step behind one that was learned from: learning took the host time."""
+        self._host_steps -= 1
+        if self._host_steps == 0:
             self._costs.observe_host(num_rows, host_s)
 
     def beliefs(self) -> Beliefs:
@@ -187,11 +193,6 @@ class Controller:
         told = [each for each in self._exit_layers if each == self.exit_layer or self._record.is_tried(each)]
         looked_up = min(max(0.5 * self._lookups.ratio, _LEAST_LOOKED_UP), SUREST)
         return beliefs_of(self._costs, self._record, exit_layers=told, lookup_acceptance=looked_up)
-
-    @property
-    def _observes(self) -> bool:
-        """Whether the times of the latest step are learned from."""
-        return self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0
 
     def _decide(self, rows: Sequence[DraftingRow], among: ExitLayers, num_others: int) -> _Standing:
         self._record.refresh()

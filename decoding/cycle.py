@@ -16,9 +16,9 @@ from torch import Tensor
 
 from decoding.acceptance import num_kept
 from decoding.attention import Attention
+from decoding.compiled_drafting import make_drafter
 from decoding.draft_head import DraftHead
 from decoding.draft_model import DraftModel
-from decoding.drafting import EarlyExitDrafter
 from decoding.model import LlamaDecoder
 from decoding.plan import Plan, Reported, Result
 from decoding.ragged import Ints
@@ -45,7 +45,7 @@ class Cycle:
     ) -> None:
         self._device = model.device
         self._routes = Routes(attention, num_layers=model.num_layers, device=model.device)
-        self._drafter = EarlyExitDrafter(model, attention, draft_head)
+        self._drafter = make_drafter(model, attention, draft_head)
         self._draft_head = draft_head
         self._draft_model = draft_model
         self._verifier = Verifier(model, attention)
