@@ -23,15 +23,13 @@ def num_kept(drafts_BK: Tensor, choices_BQ: Tensor, draft_lengths_B: Tensor) -> 
         from decoding import sampling_triton
 
         return sampling_triton.num_kept(drafts_BK, choices_BQ, draft_lengths_B)
-    if choices_BQ.device.type == "cpu":
-        # Few numbers: NumPy begins sooner.
-        return torch.from_numpy(_num_kept(drafts_BK.numpy(), choices_BQ.numpy(), draft_lengths_B.numpy()))
     positions_K = torch.arange(drafts_BK.shape[1], device=drafts_BK.device)
     equal_BK = (drafts_BK == choices_BQ[:, : drafts_BK.shape[1]]) & (positions_K < draft_lengths_B[:, None])
     return equal_BK.cumprod(1).sum(1)
 
 
-def _num_kept(drafts_BK: Ints, choices_BQ: Ints, draft_lengths_B: Ints) -> Ints:
+def num_kept_on_host(drafts_BK: Ints, choices_BQ: Ints, draft_lengths_B: Ints) -> Ints:
+    """The same of numbers that have come to the host."""
     num_drafts = drafts_BK.shape[1]
     is_equal_BK = drafts_BK == choices_BQ[:, :num_drafts]
     is_equal_BK &= np.arange(num_drafts) < draft_lengths_B[:, None]

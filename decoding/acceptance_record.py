@@ -35,8 +35,11 @@ _ADVANTAGES: Final = (0.6, 1.0, 1.15)
 """Rows are told apart no finer than this: rows that draft alike are computed together, which costs less."""
 
 _PRIOR: Final = 4.0
-_FIRST_PRIOR: Final = 16.0
+_FIRST_PRIOR: Final = 8.0
 """What a guess counts against drafts that were seen; the first position should not be swayed by a few."""
+
+_HOPED: Final = 6.0
+"""With hope, so many drafts more were made and kept at each position than were seen."""
 
 SUREST: Final = 0.98
 """No draft is surer than this."""
@@ -116,10 +119,11 @@ class AcceptanceRecord:
         at_least: Floats = exactly[::-1].cumsum()[::-1][1 : num_positions + 1].astype(np.float64)
         return at_least
 
-    def fade(self) -> None:
-        """Believe what was counted less: it was long ago."""
-        self._reached_LK *= _LONG_AGO
-        self._kept_LK *= _LONG_AGO
+    def fade(self, *, but: int | None = None) -> None:
+        """Believe what was counted less, of all exit layers but one: it was long ago."""
+        is_old_L = np.arange(self._num_layers) != but
+        self._reached_LK[is_old_L] *= _LONG_AGO
+        self._kept_LK[is_old_L] *= _LONG_AGO
         self._curves.clear()
         self._expected.clear()
 
@@ -140,6 +144,12 @@ class AcceptanceRecord:
     def curves(self, exit_layers: Sequence[int]) -> Floats:
         """The curves of several exit layers, [L, K]."""
         return np.stack([self.curve(layer) for layer in exit_layers])
+
+    def hopes(self, exit_layers: Sequence[int]) -> Floats:
+        """The curves as they might be where few drafts were seen, [L, K]; no layer's is above a deeper one's."""
+        might_LK = (self._kept_LK + _HOPED) / (self._reached_LK + _HOPED)
+        falling_LK: Floats = np.minimum.accumulate(might_LK[::-1], axis=0)[::-1]
+        return falling_LK[list(exit_layers)]
 
     def expected(self, exit_layer: int) -> Sequence[float]:
         """How many of the first 0 … K drafts are kept, if all of them are reached."""

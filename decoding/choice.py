@@ -5,7 +5,7 @@ Knows exit layers and draft lengths; knows no tokens. No output depends on what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -26,10 +26,15 @@ class DraftingRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One exit layer for all rows, and a draft length for each, 0 or more."""
+    """One exit layer for all rows, and a draft length for each, 0 or more.
+
+    Where nobody drafts, exit layers may be `surveyed`: a head for each tells whether its draft would have been
+    kept.
+    """
 
     exit_layer: int
     draft_lengths: tuple[int, ...]
+    surveyed: ExitLayers = ()
 
     @property
     def mean_draft_length(self) -> float:
@@ -66,6 +71,9 @@ class DraftChooser(Protocol):
 
     def drafted(self, exit_layer: int, drafter: Drafter, fates: Sequence[Fate]) -> None:
         """Learn how the drafts of one drafter fared in a step."""
+
+    def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
+        """Learn by exit layer whether a draft made there would have been kept, row by row."""
 
     def took(self, outcome: StepOutcome) -> None:
         """Learn what a step took."""
@@ -104,6 +112,9 @@ class FixedChoice:
         return min(self._draft_length, limit)
 
     def drafted(self, exit_layer: int, drafter: Drafter, fates: Sequence[Fate]) -> None:
+        """Learn nothing."""
+
+    def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
         """Learn nothing."""
 
     def took(self, outcome: StepOutcome) -> None:

@@ -6,19 +6,20 @@ Knows what is promised and when to look again; knows no tokens. No output depend
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from decoding.acceptance_record import SUREST, AcceptanceRecord, RowRecord
 from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, StepOutcome
+from decoding.exploration import Explorer
 from decoding.messages import Drafter
 from decoding.reports import Beliefs
 from decoding.step_costs import StepCosts
 from decoding.telling import beliefs_of
-from decoding.weighing import Batch, Candidate, Weigher, advantages_of
+from decoding.weighing import MARGIN, Batch, Candidate, Weigher, advantages_of
 
 _KEPT_STEPS: Final = 8
 """A choice is used for so many steps: weighing takes time, and steps of one shape share their preparation."""
@@ -38,22 +39,8 @@ _NOT_THIS: Final = 2
 _SEARCH_STEPS: Final = 64
 """How often all exit layers are weighed; in between, the last and its neighbours."""
 
-_PROBE_STEPS: Final = 256
-"""How often something else than the best is tried: a neighbouring exit layer, a draft, or none."""
-
-_SOON_STEPS: Final = 16
 _SURPRISING: Final = 0.5
-"""Where nothing is drafted, a probe in which so many more drafts a row are kept than expected is soon repeated."""
-
-_PROBED_STEPS: Final = 4
-_HOPELESS_STEPS: Final = 4096
-_HOPELESS_DRAFTS: Final = 60
-"""Trying again is rare once so many drafts, and probes ever further apart, found no exit layer that pays for a row
-alone.
-"""
-
-_WORTH_TRYING: Final = 0.9
-"""A neighbouring exit layer that promises less than this share of the best rate is not tried."""
+"""Where nothing is drafted, a draft in which so many more tokens a row are kept than expected is soon repeated."""
 
 _GUESSED: Final = 0.95
 """What an exit layer promises that was hardly tried is worth so much of what another does."""
@@ -64,8 +51,8 @@ _WORTH_CHANGING: Final = 1.02
 _LEAST_LOOKED_UP: Final = 0.25
 """Looked-up drafts are thought no worse: another text may repeat itself more, and nothing else would show it."""
 
-_MARGIN: Final = 1.04
-"""Drafting must promise so much more than plain decoding: the best of many guesses promises too much."""
+_TRIED_LOOKUPS: Final = 256
+"""Where no looked-up draft pays, one in so many steps is verified all the same."""
 
 _USUAL: Final = 1.0
 """The advantage of a row of which nothing is known."""
@@ -80,6 +67,7 @@ class _Standing:
     by_row: dict[RowRecord, int]
     num_rows: int
     steps_left: int
+    surveyed: ExitLayers
 
     def serves(self, rows: Sequence[DraftingRow], num_rows: int) -> bool:
         """Whether it still stands: for about as many rows, of which new ones are like some it was made for."""
@@ -114,24 +102,20 @@ class Controller:
         self._costs = costs
         self._record = record
         self._weigher = Weigher(costs, record)
+        self._explorer = Explorer(self._weigher, record, tuple(exit_layers))
         self._exit_layers = tuple(exit_layers)
         self._max_draft_length = max_draft_length
         self._standing: dict[ExitLayers, _Standing] = {}
         self._settled: dict[ExitLayers, _Standing] = {}
         self._lookups = RowRecord()
         self._num_steps = 0
-        self._probe_steps = _SOON_STEPS
-        self._next_probe = _SOON_STEPS
         self._next_search = 0
-        self._is_plains_turn = False
         self._is_plain = False
-        self._num_drafts = 0
         self._num_lookups = 0
         self._num_outcomes = 0
         self._host_steps = 0
         self._first_exit_layer = first_exit_layer
         self.exit_layer = first_exit_layer
-        self.pays = True
 
     def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
         """What promises most tokens a second; now and then something else, to learn whether it would."""
@@ -142,7 +126,12 @@ class Controller:
         standing.steps_left -= 1
         if not among:
             self.exit_layer = standing.exit_layer
-        return Choice(standing.exit_layer, tuple(map(standing.length, rows)))
+        return Choice(standing.exit_layer, tuple(map(standing.length, rows)), standing.surveyed)
+
+    @property
+    def pays(self) -> bool:
+        """Whether any drafting is worth its cost on this checkpoint, as far as is known."""
+        return self._explorer.pays
 
     def lookup_length(self, num_rows: int, limit: int) -> int:
         """Drafts that were looked up cost no layers before they are verified."""
@@ -153,7 +142,7 @@ class Controller:
         best = int((expected / seconds).argmax())
         self._num_lookups += 1
         # Once in a while one draft is tried where none pays, to learn whether it would by now.
-        return best or min(limit, int(self._num_lookups % _PROBE_STEPS == 0))
+        return best or min(limit, int(self._num_lookups % _TRIED_LOOKUPS == 0))
 
     def drafted(self, exit_layer: int, drafter: Drafter, fates: Sequence[Fate]) -> None:
         """Count cycles for their rows and for all."""
@@ -162,16 +151,21 @@ class Controller:
             surprise = 0.0
             for row, drafted, kept in fates:
                 row.record(expected, drafted=drafted, kept=kept)
-                self._num_drafts += drafted
                 surprise += kept - expected[min(kept + 1, drafted, len(expected) - 1)]
             if self._is_plain and surprise > _SURPRISING * len(fates):
-                self._probe_steps = _SOON_STEPS
-                self._next_probe = min(self._next_probe, self._num_steps + _SOON_STEPS)
+                self._explorer.hurry(self._num_steps)
+            self._explorer.saw(sum(drafted for _, drafted, _ in fates))
             self._record.record(exit_layer, [(drafted, kept) for _, drafted, kept in fates])
         elif drafter is Drafter.LOOKUP:
             for _, drafted, kept in fates:
                 halves = [0.5 * count for count in range(drafted + 1)]
                 self._lookups.record(halves, drafted=drafted, kept=kept)
+
+    def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
+        """Count drafts of one token that nobody made."""
+        for exit_layer, of_rows in agreed.items():
+            self._record.record(exit_layer, [(1, int(is_kept)) for is_kept in of_rows])
+        self._explorer.saw(max(map(len, agreed.values()), default=0), surveyed=True)
 
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
@@ -202,20 +196,14 @@ class Controller:
             [advantage for _, advantage in advantages], longest=self._max_draft_length, num_others=num_others
         )
         layers = among or self._layers_to_weigh()
-        candidates = self._weigher.best_at(layers, batch)
-        best = max(candidates, key=self._worth)
+        best = max(self._weigher.best_at(layers, batch), key=self._worth)
         plain = self._weigher.plain(best.exit_layer, batch)
-        found = best if best.rate > _MARGIN * plain.rate else plain
+        found = best if best.rate > MARGIN * plain.rate else plain
         chosen = self._unless_like(among, found, plain, batch)
-        drafts = chosen.drafts
-        self._is_plain = not drafts
-        if drafts:
-            self.pays = True
-        if self._num_steps >= self._next_probe:
-            self.pays = drafts or not self._is_hopeless()
-            self._plan_probe(drafts=drafts)
-            other = self._other(best, plain, candidates, drafts=drafts)
-            return _standing(other, batch, advantages, _PROBED_STEPS)
+        self._is_plain = not chosen.drafts
+        look = self._explorer.look(self._num_steps, chosen, best, batch, layers=among)
+        if look is not None:
+            return _standing(look.candidate, batch, advantages, look.num_steps, look.surveyed)
         self._settled[among] = standing = _standing(chosen, batch, advantages, _KEPT_STEPS)
         return standing
 
@@ -238,14 +226,6 @@ class Controller:
             return plain
         return found if found.rate > _WORTH_CHANGING * known.rate else known
 
-    def _is_hopeless(self) -> bool:
-        """Whether enough was tried, and no draft promises anything even to a row that is alone."""
-        if self._num_drafts < _HOPELESS_DRAFTS or self._probe_steps < _PROBE_STEPS:
-            return False
-        alone = Batch.of([_USUAL], longest=self._max_draft_length, num_others=0)
-        best = max(self._weigher.best_at(self._exit_layers, alone), key=lambda each: each.rate)
-        return best.rate <= _MARGIN * self._weigher.plain(best.exit_layer, alone).rate
-
     def _layers_to_weigh(self) -> Sequence[int]:
         """Now and then all exit layers, else those beside the last: weighing takes time of the step."""
         if self._num_steps >= self._next_search:
@@ -254,33 +234,14 @@ class Controller:
         place = bisect_left(self._exit_layers, self.exit_layer)
         return self._exit_layers[max(0, place - 1) : place + 2]
 
-    def _plan_probe(self, *, drafts: bool) -> None:
-        """Soon after drafting was given up, then ever more seldom."""
-        most = _PROBE_STEPS if self.pays else _HOPELESS_STEPS
-        self._probe_steps = most if drafts else min(2 * self._probe_steps, most)
-        self._next_probe = self._num_steps + self._probe_steps
-        if drafts:
-            self._probe_steps = _SOON_STEPS
-
-    def _other(
-        self, best: Candidate, plain: Candidate, candidates: Sequence[Candidate], *, drafts: bool
-    ) -> Candidate:
-        """Something else than what is chosen, worth learning about."""
-        if not drafts:
-            # Are they kept by now, and cost what they did? What was seen long ago says less of that.
-            self._record.fade()
-            return best if self.pays else replace(plain, lengths=(1,) * len(plain.lengths))
-        place = candidates.index(best)
-        beside = [*candidates[max(0, place - 1) : place], *candidates[place + 1 : place + 2]]
-        hopeful = [other for other in beside if other.rate > _WORTH_TRYING * best.rate]
-        least_known = min(hopeful, key=lambda other: self._record.weight(other.exit_layer), default=None)
-        self._is_plains_turn = not self._is_plains_turn
-        return plain if least_known is None or self._is_plains_turn else least_known
-
 
 def _standing(
-    chosen: Candidate, batch: Batch, advantages: Sequence[tuple[RowRecord, float]], steps: int
+    chosen: Candidate,
+    batch: Batch,
+    advantages: Sequence[tuple[RowRecord, float]],
+    steps: int,
+    surveyed: ExitLayers = (),
 ) -> _Standing:
     by_advantage = dict(zip(batch.advantages, chosen.lengths, strict=True))
     by_row = {record: by_advantage[advantage] for record, advantage in advantages}
-    return _Standing(chosen.exit_layer, by_advantage, by_row, batch.num_rows, steps)
+    return _Standing(chosen.exit_layer, by_advantage, by_row, batch.num_rows, steps, surveyed)

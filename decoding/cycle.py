@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decoding.acceptance import num_kept
+from decoding.acceptance import num_kept_on_host
 from decoding.attention import Attention
 from decoding.compiled_drafting import make_drafter
 from decoding.draft_head import DraftHead
@@ -76,17 +76,23 @@ class Cycle:
             self._draft_head.see(np.array([*plan.fed_N.tolist(), *chain.from_iterable(chosen)]))
         reported = self._report(plan, route, ids_N, verified, chosen)
         verify_s = self._clock() - drafted
-        return Result(chosen=chosen, reported=reported, draft_s=drafted - started, verify_s=verify_s)
+        return Result(
+            chosen=chosen,
+            reported=reported,
+            draft_s=drafted - started,
+            verify_s=verify_s,
+            agreed=tuple(tuple(each_B.tolist()) for each_B in verified.agreed),
+        )
 
     @staticmethod
     def _keep(plan: Plan, route: Route, ids_N: Tensor, choices_BQ: Tensor) -> Chosen:
-        kept_B = num_kept(ids_N[route.drafts_BK], choices_BQ, route.num_drafts_B)
+        num_drafts_B = plan.num_drafts_B
         # The step's one copy from the device.
-        rows = torch.cat((kept_B[:, None], choices_BQ), dim=1).tolist()
-        return tuple(
-            tuple(choices[: kept + 1]) if chooses else ()
-            for (kept, *choices), chooses in zip(rows, plan.chooses_B.tolist(), strict=True)
-        )
+        both = torch.cat((ids_N[route.drafts_BK], choices_BQ), dim=1).cpu().numpy()
+        drafts_BK, chosen_BQ = np.hsplit(both, [num_drafts_B.max()])
+        kept_B = num_kept_on_host(drafts_BK, chosen_BQ, num_drafts_B)
+        rows = zip(kept_B.tolist(), chosen_BQ.tolist(), plan.chooses_B.tolist(), strict=True)
+        return tuple(tuple(choices[: kept + 1]) if chooses else () for kept, choices, chooses in rows)
 
     @staticmethod
     def _report(

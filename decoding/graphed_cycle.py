@@ -73,7 +73,7 @@ class GraphedCycle:
     def run(self, plan: Plan) -> Result:
         """Compute the plan's tokens; every row that chooses gets at least one new token."""
         is_own_B = _recordable(plan)
-        if not is_own_B.any():
+        if plan.surveyed or not is_own_B.any():
             return self._eager.run(plan)
         if is_own_B.all():
             return self._run_own(plan)

@@ -66,7 +66,8 @@ class Plan:
     0 on. A row with one token pending may draft: `draft_lengths_B[b]` tokens at `exit_layers_B[b]`; draft length 0
     is plain decoding. Rows come in the order of falling draft lengths. Or a separate draft model drafts
     `model_lengths_B[b]` tokens for it, which run from layer 0 on; `following` is None without such a model.
-    `edited` and `wanted` are None for rows that asked for nothing.
+    `edited` and `wanted` are None for rows that asked for nothing. What drafting at each exit layer of `surveyed`
+    would propose is compared with what is chosen; then nothing is drafted.
     """
 
     sequence_ids: tuple[int, ...]
@@ -83,6 +84,7 @@ class Plan:
     sampling: Sampling
     edited: tuple[Edited | None, ...]
     wanted: tuple[Wanted | None, ...]
+    surveyed: tuple[int, ...] = ()
 
     @property
     def num_made_B(self) -> Ints:
@@ -133,13 +135,15 @@ class Result:
     """What a plan came to. `chosen[b]` are row b's new tokens: the drafts that stand and the full model's next.
 
     Empty for rows that choose nothing. `reported[b]` is None where row b wanted nothing. `draft_s` and
-    `verify_s` are wall seconds.
+    `verify_s` are wall seconds. `agreed[i][b]` says whether row b's token is what a draft at the i-th surveyed
+    exit layer would have been; it means nothing where the row chooses nothing.
     """
 
     chosen: tuple[tuple[int, ...], ...]
     reported: tuple[Reported | None, ...]
     draft_s: float
     verify_s: float
+    agreed: tuple[tuple[bool, ...], ...] = ()
 
     def of_one_token(self) -> Result:
         """The same as if no draft had been kept."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from decoding.choice import ExitLayers
 from decoding.edits import Edited, Editor
 from decoding.logits import Sampling
 from decoding.messages import Drafter, Generate
@@ -103,8 +104,11 @@ class Plans:
             stop_token_ids=request.stop_token_ids,
         )
 
-    def of(self, shares: list[Share]) -> Plan:
-        """The plan of these shares, in their order. A loop over rows on the host: their numbers are Python's."""
+    def of(self, shares: list[Share], *, surveyed: ExitLayers = ()) -> Plan:
+        """The plan of these shares, in their order; none drafts if exit layers are `surveyed`.
+
+        A loop over rows on the host: their numbers are Python's.
+        """
         sequences = [share.sequence for share in shares]
         fed = [
             [*s.token_ids[s.num_computed : s.num_computed + share.num_fed], *share.looked_up]
@@ -130,6 +134,7 @@ class Plans:
             sampling=self._sampling_of(sequences),
             edited=tuple(map(_edited, sequences)),
             wanted=tuple(map(_wanted, shares)),
+            surveyed=surveyed,
         )
 
     def _sampling_of(self, sequences: list[Sequence]) -> Sampling:

@@ -91,7 +91,6 @@ class Route:
     ahead_M: Tensor
     choices_BQ: Tensor
     drafts_BK: Tensor
-    num_drafts_B: Tensor
 
 
 _KEPT_ROUTES: Final = 64
@@ -155,7 +154,6 @@ class Routes:
             ahead_M=self._on_device(whole.steps_N[choosing_M] + 1),
             choices_BQ=self._on_device(np.where(columns_Q < num_choices_B[:, None], choices_BQ, 0)),
             drafts_BK=self._on_device(drafts_BK),
-            num_drafts_B=self._on_device(num_drafts_B),
         )
 
     def _draft_steps(self, plan: Plan, classes_B: Ints, num_drafting_K: Ints) -> tuple[DraftStep, ...]:

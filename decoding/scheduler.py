@@ -111,7 +111,7 @@ class Scheduler:
         # Rows that are alike side by side are drafted and attended together.
         shares.sort(key=lambda s: (-s.draft_length, s.length_class, len(s.sequence.token_ids)))
         self._planned = shares
-        return self._plans.of(shares) if shares else None
+        return self._plans.of(shares, surveyed=self._speculator.surveyed) if shares else None
 
     def commit(self, result: Result) -> list[Decoded]:
         """Apply the planned step's result; one event for each row that has chosen tokens."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Final, NamedTuple
 
 from decoding.choice import Choice, DraftChooser, DraftingRow, ExitLayers, Fate, StepOutcome
@@ -33,7 +34,8 @@ class Speculator:
     """Spends what a step has left on drafts. Changes no sequence but for its blocks, by way of `extend`.
 
     Rows that ask for different exit layers each draft at their own, unless it `promotes`: then all draft at the
-    most promising of those. `latest` is what the chooser chose last.
+    most promising of those. `latest` is what the chooser chose last; `surveyed` are exit layers whose drafts the
+    step does not make, but compares with what it chooses.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Speculator:
         self._model_draft_length = model_draft_length
         self._model_context = model_context
         self.latest = Choice(exit_layer=0, draft_lengths=())
+        self.surveyed: ExitLayers = ()
 
     @property
     def pays(self) -> bool:
@@ -62,6 +65,7 @@ class Speculator:
         drafting = [
             share for share in shares if share.sequence.num_pending == 1 and share.sequence.num_remaining > 1
         ]
+        self.surveyed = ()
         wishes = dict(self._wishes(drafting))
         added = []
         for share in shares:
@@ -73,6 +77,8 @@ class Speculator:
             else:
                 added.append(self._fulfil(share, wish, budget, num_rows=len(drafting)))
                 budget -= added[-1].num_drafts
+        if any(share.num_drafts for share in added):
+            self.surveyed = ()
         return added
 
     def learn(self, shares: Sequence[Share], result: Result) -> None:
@@ -84,6 +90,9 @@ class Speculator:
                 fates.setdefault((share.exit_layer, share.drafter), []).append(fate)
         for (exit_layer, drafter), of_rows in fates.items():
             self._chooser.drafted(exit_layer, drafter, of_rows)
+        if self.surveyed:
+            self._chooser.surveyed(self._agreed(shares, result))
+            return
         exit_layers = {share.exit_layer for share in shares if share.draft_length}
         if len(exit_layers) <= 1 and all(map(_is_typical, shares)):
             self._chooser.took(
@@ -94,6 +103,17 @@ class Speculator:
                     verify_s=result.verify_s,
                 )
             )
+
+    def _agreed(self, shares: Sequence[Share], result: Result) -> dict[int, list[bool]]:
+        """What a survey found, of rows that might have drafted."""
+        is_asked = [
+            share.num_fed == 1 and bool(chosen) and share.sequence.request.drafter in _BY_EARLY_EXIT
+            for share, chosen in zip(shares, result.chosen, strict=True)
+        ]
+        return {
+            layer: list(compress(agreed, is_asked))
+            for layer, agreed in zip(self.surveyed, result.agreed, strict=False)
+        }
 
     def host_took(self, num_rows: int, host_s: float) -> None:
         """Tell the chooser what a step took beside drafting and verifying."""
@@ -138,6 +158,7 @@ class Speculator:
             chosen = self.latest = self._chooser.choose(
                 choosing, among=among, num_others=num_rows - len(choosing)
             )
+            self.surveyed = chosen.surveyed or self.surveyed
         lengths = iter(chosen.draft_lengths if chosen else ())
         return Choice(
             exit_layer=chosen.exit_layer if chosen else among[0] if among else self._chooser.exit_layer,

@@ -9,7 +9,7 @@ T cache positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,13 +35,15 @@ Logprobs = Mapping[int, tuple[TokenLogprob, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """The full model's choice after each of a row's 0 … γ drafts, int64 [B, Q], anything where a row has none; and
-    log-probabilities of the choices and of prompts.
+    """The full model's choice after each of a row's 0 … γ drafts, int64 [B, Q], anything where a row has none;
+    log-probabilities of the choices and of prompts; for each surveyed exit layer whether its choice is the row's
+    first one, bool [B].
     """
 
     choices_BQ: Tensor
     logprobs: Logprobs
     prompt_logprobs: Logprobs
+    agreed: Sequence[Tensor] = ()
 
 
 class Verifier:
@@ -59,7 +61,7 @@ class Verifier:
 
         Stores keys and values of all fed tokens and drafts in all layers.
         """
-        hidden_ND = self._run(plan, route, slots_BT, ids_N, exits_MD)
+        *passed, hidden_ND = self._run(plan, route, slots_BT, ids_N, exits_MD)
         prompt_logprobs = {
             row: self._prompt_logprobs(hidden_ND[int(route.places.firsts_B[row]) :], wanted.prompt)
             for row, wanted in enumerate(plan.wanted)
@@ -68,21 +70,31 @@ class Verifier:
         if route.choosing_M is not None:
             if len(route.choosing_M) == 0:
                 return Verified(ids_N.new_zeros(route.choices_BQ.shape), {}, prompt_logprobs)
-            hidden_ND = hidden_ND[route.choosing_M]
-        computed_B = torch.from_numpy(plan.num_computed_B).to(hidden_ND.device, non_blocking=True)
-        logits_MV = self._model.logits(hidden_ND)
+            *passed, hidden_ND = (each_ND[route.choosing_M] for each_ND in (*passed, hidden_ND))
+        logits_MV, chosen_M = self._choose(plan, route, hidden_ND, ids_N)
+        firsts_B = route.choices_BQ[:, 0]
+        return Verified(
+            choices_BQ=chosen_M[route.choices_BQ],
+            logprobs=self._choice_logprobs(plan, route, logits_MV, chosen_M),
+            prompt_logprobs=prompt_logprobs,
+            agreed=[(self._choose(plan, route, each, ids_N)[1] == chosen_M)[firsts_B] for each in passed],
+        )
+
+    def _choose(self, plan: Plan, route: Route, hidden_MD: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [M, V] of hidden states after any layer, and the tokens [M] that stand there by them."""
+        computed_B = torch.from_numpy(plan.num_computed_B).to(hidden_MD.device, non_blocking=True)
+        logits_MV = self._model.logits(hidden_MD)
         chosen_M = self._model.choose(
             self._edited(plan, route, logits_MV, ids_N),
             plan.sampling.take(route.rows_M),
             computed_B[route.rows_M] + route.ahead_M,
         )
-        logprobs = self._choice_logprobs(plan, route, logits_MV, chosen_M)
-        return Verified(chosen_M[route.choices_BQ], logprobs, prompt_logprobs)
+        return logits_MV, chosen_M
 
     def _run(
         self, plan: Plan, route: Route, slots_BT: Ints, ids_N: Tensor, exits_MD: Tensor | None
-    ) -> Tensor:
-        """Hidden states after the last layer of every fed token and draft, in row order."""
+    ) -> list[Tensor]:
+        """Hidden states [N, D] of every fed token and draft, in row order: after surveyed layers, and the last."""
         entering, *later = route.verify_legs
         are_all_fed = len(ids_N) == len(plan.fed_N)
         hidden_ND = self._model.embed(ids_N if are_all_fed else ids_N[entering.join_N])
@@ -91,8 +103,12 @@ class Verifier:
                 assert exits_MD is not None
                 hidden_ND = torch.cat((hidden_ND, exits_MD))[leg.join_N]
             queries = self._attention.queries(leg.arrangement, slots_BT, plan.num_computed_B)
-            hidden_ND = self._model.run_layers(hidden_ND, leg.first, leg.last, queries)
-        return hidden_ND
+            first, passed = leg.first, []
+            for last in (*plan.surveyed, leg.last):
+                hidden_ND = self._model.run_layers(hidden_ND, first, last, queries)
+                passed.append(hidden_ND)
+                first = last
+        return passed
 
     @staticmethod
     def _edited(plan: Plan, route: Route, logits_MV: Tensor, ids_N: Tensor) -> Tensor:

@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median_high
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 
 from decoding.acceptance_record import SUREST, AcceptanceRecord, RowRecord
 from decoding.step_costs import Counts, Floats, StepCosts
+
+MARGIN: Final = 1.04
+"""Drafting must promise so much more than plain decoding: the best of many guesses promises too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +81,12 @@ class Weigher:
         self._costs = costs
         self._record = record
 
-    def best_at(self, exit_layers: Sequence[int], batch: Batch) -> list[Candidate]:
-        """For each exit layer the best of those that make all drafts which are kept likely enough."""
-        kept_LCK = batch.kept_probabilities(self._record.curves(exit_layers))
+    def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
+        """For each exit layer the best of those that make all drafts which are kept likely enough. With `hopes`
+        they are as likely as they might be for all that was seen.
+        """
+        curves_LK = self._record.hopes(exit_layers) if hopes else self._record.curves(exit_layers)
+        kept_LCK = batch.kept_probabilities(curves_LK)
         kept_LM = kept_LCK.reshape(len(exit_layers), -1)
         order_LM = np.argsort(-kept_LM, axis=1, kind="stable")
         kinds_LM = order_LM // kept_LCK.shape[2]

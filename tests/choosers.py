@@ -5,7 +5,7 @@ Knows what a chooser may choose; knows no tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -26,14 +26,24 @@ class RandomChooser(FixedChoice):
         super().__init__(exit_layer=1, draft_length=0)
         self._rng = np.random.default_rng(seed)
         self.num_steps_learned = 0
+        self.num_surveys = 0
 
     def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
         self.exit_layer = int(self._rng.choice(among or range(1, NUM_LAYERS)))
+        if self._rng.random() < 0.2:
+            surveyed = self._rng.choice(
+                range(1, NUM_LAYERS), size=int(self._rng.integers(1, 4)), replace=False
+            )
+            return Choice(self.exit_layer, (0,) * len(rows), tuple(sorted(surveyed.tolist())))
         lengths = [int(self._rng.integers(0, min(row.limit, LONGEST) + 1)) for row in rows]
         return Choice(self.exit_layer, tuple(lengths))
 
     def lookup_length(self, num_rows: int, limit: int) -> int:
         return int(self._rng.integers(0, min(limit, LONGEST) + 1))
+
+    def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
+        self.num_surveys += 1
+        assert len({len(of_rows) for of_rows in agreed.values()}) == 1
 
     def took(self, outcome: StepOutcome) -> None:
         self.num_steps_learned += 1

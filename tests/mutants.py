@@ -57,8 +57,8 @@ MUTANTS = (
     Mutant(
         "a refused draft ends the kept run",
         "decoding/acceptance.py",
-        "equal_BK.cumprod(1).sum(1)",
-        "equal_BK.sum(1)",
+        "np.multiply.accumulate(is_equal_BK, axis=1, dtype=np.int64).sum(axis=1)",
+        "is_equal_BK.sum(axis=1)",
         MIXES,
     ),
     Mutant(

@@ -87,10 +87,14 @@ class ScriptedEngine:
         text = (BUNDLED_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8")
         self.tokenizer = Tokenizer.from_str(text)
         self.ready = scripted_ready(self.settings, text)
+        self.num_checks = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.running)
+
+    def check_integrity(self) -> None:
+        self.num_checks += 1
 
     def submit(self, request: Generate) -> None:
         text = self.tokenizer.decode(request.prompt_ids)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding.acceptance import num_kept
+from decoding.acceptance import num_kept, num_kept_on_host
 
 FEW_IDS = st.integers(0, 2)
 """So few ids that drafts often agree, and agree again after a refusal."""
@@ -34,8 +35,10 @@ def kept_one_by_one(drafts: list[int], choices: list[int], draft_length: int) ->
 
 
 def kept(drafts: list[list[int]], choices: list[list[int]], lengths: list[int]) -> list[int]:
-    drafts_BK = torch.tensor(drafts, dtype=torch.int64).reshape(len(lengths), -1)
-    return num_kept(drafts_BK, torch.tensor(choices), torch.tensor(lengths)).tolist()
+    tables = torch.tensor(drafts, dtype=torch.int64).reshape(len(lengths), -1), torch.tensor(choices)
+    found = num_kept(*tables, torch.tensor(lengths)).tolist()
+    assert num_kept_on_host(*(table.numpy() for table in tables), np.array(lengths)).tolist() == found
+    return found
 
 
 @settings(deadline=None, derandomize=True, max_examples=300)

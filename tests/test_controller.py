@@ -198,6 +198,10 @@ def share_drafting(
         drafting.append(any(chosen.draft_lengths))
         if drafting[-1]:
             under_test.drafted(chosen.exit_layer, Drafter.EARLY_EXIT, fates)
+        if chosen.surveyed:
+            under_test.surveyed(
+                {layer: [bool(rng.random() < kept_rate) for _ in batch] for layer in chosen.surveyed}
+            )
     return float(np.mean(drafting[-1000:]))
 
 

@@ -27,7 +27,7 @@ from tests.server_process import REAL, Server, running, wait_until
 
 # Parameters that say how to answer and not what, and those that other tests vary.
 NOT_VARIED = {"model", "user", "request_id", "add_special_tokens", "return_draft_trace", "priority"}
-NOT_VARIED |= {"add_generation_prompt", "continue_final_message"}
+NOT_VARIED |= {"add_generation_prompt", "continue_final_message", "cache_salt"}
 BESIDE = {"stream", "stream_options", "exit_layer", "draft_length", "drafter"}
 NUM_CLIENTS = 16
 

@@ -66,6 +66,7 @@ def random_plan(rng: np.random.Generator) -> Plan:
         sampling=Sampling.of(params, seeds, CPU),
         edited=tuple(edited),
         wanted=tuple(random_wanted(rng) for _ in range(num_rows)),
+        surveyed=tuple(rng.integers(1, 9, size=int(rng.integers(0, 3))).tolist()),
     )
 
 

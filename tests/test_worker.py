@@ -57,3 +57,25 @@ def test_abort_takes_effect_before_the_next_step_and_is_reported_when_nothing_is
     assert [len(report.decoded) for report in link.reports] == [1, 0, 0]
     assert link.reports[1].load.num_running == 0
     assert link.reports[1].times is None
+
+
+def test_blocks_are_counted_once_when_work_is_over_and_nothing_more_comes():
+    engine = ScriptedEngine(EngineSettings())
+
+    def checks_after(*turns: Sequence[Command]) -> int:
+        with pytest.raises(EndOfScriptError):
+            serve(engine, ScriptedLink(*turns))
+        return engine.num_checks
+
+    assert checks_after([], []) == 0
+    assert checks_after([generate(1)], [], [], [generate(2)]) == 0
+    assert checks_after([], [], [generate(3)], [], [], [], [], []) == 1
+
+
+def test_a_worker_that_lost_a_block_ends():
+    class Leaking(ScriptedEngine):
+        def check_integrity(self) -> None:
+            raise AssertionError("a block is lost")
+
+    with pytest.raises(AssertionError, match="lost"):
+        serve(Leaking(EngineSettings()), ScriptedLink([generate(1)], [], [], [], [], []))
