@@ -35,8 +35,13 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Some five minutes; JSON and a plot come to lie beside the results that are kept, under today's date.
+RESULTS := benchmarks/results
+TODAY   := $(shell date +%F)
+
 bench: setup
-	$(BIN)/layerskip bench
+	$(BIN)/layerskip bench --out $(RESULTS)/decode-here-$(TODAY).json
+	$(BIN)/python -m benchmarks.serve --rounds 1 --concurrency 1 8 --rates 4 --out $(RESULTS)/serve-here-$(TODAY)
 
 mutants: setup
 	$(BIN)/python -m tests.mutants

@@ -1,14 +1,15 @@
 """Whether "auto" pays at every concurrency: the engine alone, without HTTP; ends with one JSON line.
 
-At each concurrency a short scan finds the best static exit layer and draft length. Then, in every round, "auto",
-plain decoding and that static setting run the same prompts in turns, the order changing from round to round; each
-keeps so many requests under way, the first of them at different points of their texts, and where one ends the
-next begins. Each has an engine of its own for the whole program, as a server that decodes so all day: what steps
-take there, and with that how much of a prompt joins them, is learned from its own. "auto" runs the scan's prompts
-as often as static settings were tried on them: neither is chosen in the first minute. Tokens over time are
-counted, prompts included, until no request is left to begin: a batch that runs dry says more of who ends unevenly
-than of a server that has more to do. Ratios are medians over rounds, with what they exceed with 95 % confidence.
-Every text is held against plain decoding's.
+At each concurrency a short scan finds the most promising static exit layers and draft lengths. Then, in every
+round, "auto", plain decoding and each of those static settings run the same prompts in turns, the order
+changing from round to round; each keeps so many requests under way, the first of them at different points of
+their texts, and where one ends the next begins. The static setting that did best over all rounds is the one
+that "auto" is held against. Each side has an engine of its own for the whole program, as a server that decodes
+so all day: what steps take there, and with that how much of a prompt joins them, is learned from its own.
+"auto" runs the scan's prompts as often as static settings were tried on them: neither is chosen in the first
+minute. Tokens over time are counted, prompts included, until no request is left to begin: a batch that runs dry
+says more of who ends unevenly than of a server that has more to do. Ratios are medians over rounds, with what
+they exceed with 95 % confidence. Every text is held against plain decoding's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 import torch
@@ -63,11 +65,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Three engines on one checkpoint, and what is measured on them."""
+    """Engines on one checkpoint, and what is measured on them."""
 
     auto: Driver
     plain: Driver
-    static: Driver
+    statics: tuple[Driver, ...]
     peer: TransformersContinuous | None
     peer_concurrency: int
     grid: tuple[Drafting, ...]
@@ -82,28 +84,31 @@ class Bench:
     def contest(self, concurrency: int, sampled: Sampled, bar: tqdm) -> Contest:
         """Scan, then all rounds."""
         warm_up = self.work.job(0, concurrency, sampled, tokens=_WARM_UP_TOKENS)
-        for driver, drafting in ((self.auto, AUTO), (self.plain, PLAIN), (self.static, self.grid[0])):
-            driver.run(warm_up, drafting, concurrency=concurrency)
+        for driver in (self.auto, self.plain, *self.statics):
+            driver.run(warm_up, AUTO if driver is self.auto else PLAIN, concurrency=concurrency)
         scan = self._scan(concurrency, sampled, bar)
         self._learn(concurrency, sampled, bar)
-        best = max(scan, key=lambda each: each.speed_up).drafting
-        found: dict[str, list[Pass]] = {"auto": [], "plain": [], "static": [], "peer": []}
+        sides = [
+            (self.auto, AUTO),
+            (self.plain, PLAIN),
+            *zip(self.statics, (each.drafting for each in scan), strict=False),
+        ]
+        found: list[list[Pass]] = [[] for _ in sides]
+        peer: list[Pass] = []
         for number in range(self.work.rounds):
             job = self.work.job(number, concurrency, sampled)
-            sides = [
-                ("auto", self.auto, AUTO),
-                ("plain", self.plain, PLAIN),
-                ("static", self.static, best),
-            ]
-            start = number % len(sides)
-            for name, driver, drafting in [*sides[start:], *sides[:start]]:
-                found[name].append(driver.run(job, drafting, concurrency=concurrency))
+            for turn in range(len(sides)):
+                place = (number + turn) % len(sides)
+                driver, drafting = sides[place]
+                found[place].append(driver.run(job, drafting, concurrency=concurrency))
                 bar.update()
             if self.peer is not None and concurrency == self.peer_concurrency and number % _PEER_EVERY == 0:
                 run = self.peer.run(job)
-                found["peer"].append(Pass(run.token_ids, run.wall_s, sum(map(len, run.token_ids)), 0, 0))
-        auto, plain, fixed, peer = (tuple(passes) for passes in found.values())
-        return Contest(sampled, concurrency, best, scan, auto, plain, fixed, peer)
+                peer.append(Pass(run.token_ids, run.wall_s, sum(map(len, run.token_ids)), 0, 0))
+        auto, plain, *statics = map(tuple, found)
+        best = max(range(len(statics)), key=lambda place: _median_speed(statics[place], plain))
+        drafting = sides[2 + best][1]
+        return Contest(sampled, concurrency, drafting, scan, auto, plain, statics[best], tuple(peer))
 
     def _scan(self, concurrency: int, sampled: Sampled, bar: tqdm) -> tuple[Scanned, ...]:
         """Every static setting once, the most promising ones twice more, each against plain decoding beside it."""
@@ -131,13 +136,18 @@ class Bench:
         job = self.work.job(number, concurrency, sampled, tokens=self.work.scan_tokens)
         passes = []
         for drafting in (PLAIN, *grid):
-            passes.append(self.static.run(job, drafting, concurrency=concurrency))
+            passes.append(self.statics[0].run(job, drafting, concurrency=concurrency))
             bar.update()
         plain, *others = passes
         return [
             Scanned(drafting, each.tokens_per_s / plain.tokens_per_s)
             for drafting, each in zip(grid, others, strict=True)
         ]
+
+
+def _median_speed(passes: Sequence[Pass], plain: Sequence[Pass]) -> float:
+    """Against plain decoding of the same round."""
+    return median(one.tokens_per_s / other.tokens_per_s for one, other in zip(passes, plain, strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,7 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     bench = prepare(options)
     kinds = [Sampled(temperature, options.top_p) for temperature in options.temperatures]
-    total = len(kinds) * len(options.concurrency) * (2 * bench.scan_passes + 3 * options.pairs)
+    total = (
+        len(kinds)
+        * len(options.concurrency)
+        * (2 * bench.scan_passes + (2 + len(bench.statics)) * options.pairs)
+    )
     contests = []
     with tqdm(total=total, unit="run", mininterval=1, dynamic_ncols=True) as bar:
         for sampled in kinds:
@@ -175,9 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def prepare(options: argparse.Namespace) -> Bench:
-    """Load the three engines, and the peer if it is asked for. Raises StartupError."""
+    """Load the engines, and the peer if it is asked for. Raises StartupError."""
     most = max(options.concurrency)
-    auto, plain, static = (
+    auto, plain, *statics = (
         Driver(Engine.load(_settings(options, most, **fixed)), count()) for fixed in _ENGINES
     )
     tokenizer = Tokenizer.from_str(auto.engine.ready.text.tokenizer_json)
@@ -195,7 +209,7 @@ def prepare(options: argparse.Namespace) -> Bench:
     return Bench(
         auto=auto,
         plain=plain,
-        static=static,
+        statics=tuple(statics),
         peer=peer,
         peer_concurrency=options.peer_concurrency,
         grid=tuple(Drafting(layer, length) for layer in layers for length in options.draft_lengths),
@@ -204,7 +218,7 @@ def prepare(options: argparse.Namespace) -> Bench:
 
 
 _FIXED: Final = {"exit_layer": 1, "draft_length": 1}
-_ENGINES: Final[tuple[dict[str, int], ...]] = ({}, _FIXED, _FIXED)
+_ENGINES: Final[tuple[dict[str, int], ...]] = ({}, *[_FIXED] * (1 + _FINALISTS))
 """The first one's controller chooses; the others, with nothing left to choose, have none."""
 
 
@@ -240,7 +254,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=str(BUNDLED_CHECKPOINT), help="checkpoint (default: the bundled one)")
     add("--dtype", choices=[str(each) for each in Dtype], default="float32")
     add("--threads", type=int, default=1)
-    add("--compile-layers", action="store_true", help="with layers compiled for this CPU")
+    add(
+        "--compile-layers",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="with layers compiled for this CPU",
+    )
     add("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="N")
     add("--pairs", type=int, default=15, help="rounds at every concurrency (default 15)")
     add("--waves", type=int, default=3, help="requests of a round, in units of the concurrency (default 3)")

@@ -94,7 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=str(BUNDLED_CHECKPOINT), help="checkpoint folder (default: the bundled one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of both engines")
     add("--threads", type=int, default=1, help="of both engines (default 1)")
-    add("--compile-layers", action="store_true", help="with layers compiled for this CPU")
+    add(
+        "--compile-layers",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="with layers compiled for this CPU",
+    )
     add("--tasks", nargs="+", default=["edit", "table"], help="(default: edit table)")
     add("--tokens", type=int, default=96, help="of every prompt (default 96)")
     add("--rounds", type=int, default=4, help="llama.cpp sits out every second one (default 4)")

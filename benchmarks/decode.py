@@ -257,7 +257,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", help="branch, tag or commit of a hub checkpoint")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of all engines")
     add("--threads", type=int, default=1, help="threads of all engines (default 1)")
-    add("--compile-layers", action="store_true", help="our engine with layers compiled for this CPU")
+    add(
+        "--compile-layers",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="our engine with layers compiled for this CPU",
+    )
     add("--draft-model", metavar="FOLDER", help="also time transformers with this draft model, at batch 1")
     add("--continuous-batching", action="store_true", help="also transformers' own, at batches above 1")
     add("--llama-cpp", action="store_true", help="also llama.cpp, at batch 1; needs llama-cpp-python")

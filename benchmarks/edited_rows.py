@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edited_rows", description=__doc__)
     parser.add_argument("--model", type=Path, default=BUNDLED_CHECKPOINT)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--compile-layers", action="store_true")
+    parser.add_argument("--compile-layers", choices=["auto", "true", "false"], default="auto")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--context", type=int, default=400, help="tokens of each prompt (default: 400)")
     parser.add_argument("--exit-layer", type=int, default=4)

@@ -53,6 +53,9 @@ class DecodingEngine(Protocol):
     def report(self) -> StepReport:
         """Say how full the engine is."""
 
+    def check_integrity(self) -> None:
+        """Assert that every KV block is accounted for."""
+
 
 EngineLoader = Callable[[EngineSettings, Progress], DecodingEngine]
 
@@ -92,15 +95,24 @@ class CommandLink(Protocol):
 
 
 def serve(engine: DecodingEngine, link: CommandLink) -> NoReturn:
-    """Drain commands, step, send; while idle, report once a heartbeat."""
-    num_taken = 0
+    """Drain commands, step, send; while idle, report once a heartbeat.
+
+    After work, the first quiet second checks that no block was lost: a worker that lost some ends, and another
+    follows, while nobody waits.
+    """
+    num_taken, is_checked = 0, True
     while True:
-        for command in link.take(wait=not engine.has_work):
+        commands = link.take(wait=not engine.has_work)
+        if not is_checked and not commands and not engine.has_work:
+            engine.check_integrity()
+            is_checked = True
+        for command in commands:
             if isinstance(command, Abort):
                 engine.abort(command.sequence_ids)
             else:
                 engine.submit(command)
                 num_taken += 1
+                is_checked = False
         report = engine.step() if engine.has_work else engine.report()
         link.send(msgspec.structs.replace(report, num_taken=num_taken))
 
