@@ -114,6 +114,7 @@ class Controller:
         self._num_lookups = 0
         self._num_outcomes = 0
         self._host_steps = 0
+        self._observed_layer = 0
         self._first_exit_layer = first_exit_layer
         self.exit_layer = first_exit_layer
 
@@ -170,7 +171,9 @@ class Controller:
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
         self._num_outcomes += 1
-        if self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0:
+        is_elsewhere = any(outcome.draft_lengths) and outcome.exit_layer != self._observed_layer
+        if is_elsewhere or self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0:
+            self._observed_layer = outcome.exit_layer if is_elsewhere else self._observed_layer
             self._costs.observe(
                 outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
             )

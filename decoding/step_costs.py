@@ -29,6 +29,9 @@ _PACE: Final = 0.1
 _SHARED_PACE: Final = 0.05
 """Share of a step's surprise that is believed, of its shape and of the whole machine, once its shape is known."""
 
+_NEAR: Final = 2.0
+"""Exit layers so close to those mostly drafted at say how fast the machine is; others, what depth costs."""
+
 _FIRST_WEIGHT: Final = 4
 """What was measured or guessed at the start counts like so many steps seen."""
 
@@ -67,13 +70,17 @@ class StepCosts:
         verify_s_RW: Floats,
         saved_s_RW: Floats,
         host_s_R: Floats | None = None,
+        *,
+        exit_layer: float = 1.0,
     ) -> None:
         self._head_s_R = head_s_R
         self._layer_s_R = layer_s_R
         self._verify_s_RW = verify_s_RW
         self._saved_s_RW = saved_s_RW
         self._host_s_R = np.zeros(len(ROWS)) if host_s_R is None else host_s_R
+        self._centre_R = np.full(len(ROWS), float(exit_layer))
         self._num_drafted_R = np.zeros(len(ROWS), dtype=np.int64)
+        self._num_tilted_R = np.zeros(len(ROWS), dtype=np.int64)
         self._num_verified_RW = np.zeros((len(ROWS), len(WIDTHS)), dtype=np.int64)
 
     @classmethod
@@ -87,7 +94,10 @@ class StepCosts:
         table_RW = _carried_on(_verify_table(measured))
         head_s_R, layer_s_R = _draft_steps(measured, exit_layer, table_RW[:, 0], num_layers)
         saved_s_RW = _saved(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
-        return cls(head_s_R, layer_s_R, table_RW + exit_layer * saved_s_RW, saved_s_RW, _host_s(measured))
+        whole_s_RW = table_RW + exit_layer * saved_s_RW
+        return cls(
+            head_s_R, layer_s_R, whole_s_RW, saved_s_RW, _host_s(measured), exit_layer=float(exit_layer)
+        )
 
     def draft_s(self, exit_layers: Counts | int, num_rows: Counts) -> Floats:
         """Seconds of one draft step of each of these numbers of rows at these exit layers; 0 for no rows."""
@@ -128,7 +138,7 @@ class StepCosts:
         if len(drafting):
             surprise = draft_s / float(self.draft_s(exit_layer, drafting).sum())
             nearest = round(float(_place(drafting[:1])[0]))
-            _believe(surprise, (self._head_s_R, self._layer_s_R), nearest, self._num_drafted_R)
+            self._believe_drafts(surprise, exit_layer, nearest)
         num_tokens = np.array(num_rows + int(lengths.sum()))
         if num_tokens > WIDTHS[-1] * num_rows:
             # Wider than any time that is kept: the widest would be taken to cost so much.
@@ -138,12 +148,31 @@ class StepCosts:
         width = int(np.abs(np.array(WIDTHS) - num_tokens / num_rows).argmin())
         _believe(surprise, (self._verify_s_RW, self._saved_s_RW), (row, width), self._num_verified_RW)
 
+    def _believe_drafts(self, surprise: float, exit_layer: int, row: int) -> None:
+        """Near the exit layers that are mostly used the whole line moves; far from them it tilts about those."""
+        centre = self._centre_R[row]
+        self._centre_R[row] += _PACE * (exit_layer - centre)
+        if abs(exit_layer - centre) <= _NEAR:
+            _believe(surprise, (self._head_s_R, self._layer_s_R), row, self._num_drafted_R)
+            return
+        there_s = self._head_s_R[row] + exit_layer * self._layer_s_R[row]
+        there_s *= _bounded(surprise) ** max(_PACE, 1 / (1 + self._num_tilted_R[row]))
+        at_centre_s = self._head_s_R[row] + centre * self._layer_s_R[row]
+        tilted_s = (there_s - at_centre_s) / (exit_layer - centre)
+        self._layer_s_R[row] = min(max(tilted_s, _LEAST_S), at_centre_s / centre)
+        self._head_s_R[row] = max(at_centre_s - centre * self._layer_s_R[row], _LEAST_S)
+        self._num_tilted_R[row] += 1
+
+
+def _bounded(surprise: float) -> float:
+    return min(max(surprise, 1 / _MOST_SURPRISING), _MOST_SURPRISING)
+
 
 def _believe(
     surprise: float, times_s: Sequence[Floats], cell: int | tuple[int, int], num_seen: Counts
 ) -> None:
     """Move a cell's times towards what a step took, fast while few were seen; then all others a little too."""
-    bounded = min(max(surprise, 1 / _MOST_SURPRISING), _MOST_SURPRISING)
+    bounded = _bounded(surprise)
     own = max(_PACE, 1 / (_FIRST_WEIGHT + num_seen[cell]))
     shared = _SHARED_PACE if num_seen[cell] >= _KNOWN else 0.0
     for each_s in times_s:

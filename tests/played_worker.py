@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from config.settings import EngineSettings
 from decoding.messages import (
@@ -166,3 +166,20 @@ async def drain(stream: TokenStream) -> tuple[list[Decoded], ApiError | None]:
         return events, None
     except ApiError as error:
         return events, error
+
+
+def play(scene: Callable[[Played], Awaitable[None]], played: Callable[[], Played] = Played) -> None:
+    async def run() -> None:
+        stage = played().ready()
+        await scene(stage)
+        await stage.client.stop()
+
+    asyncio.run(run())
+
+
+def given_ids(played: Played) -> list[int]:
+    return [sequence.sequence_id for sequence in played.process.given]
+
+
+async def error_of(stream: TokenStream) -> ApiError | None:
+    return (await drain(stream))[1]

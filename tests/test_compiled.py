@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from config.errors import SettingsError
 from config.settings import BUNDLED_CHECKPOINT, EngineSettings
-from decoding import compiled_library, compiling
 from decoding.compiled import PanelLinear
+from decoding.compiled_drafting import CompiledDrafter
 from decoding.coupling import choose
+from decoding.drafting import EarlyExitDrafter
 from decoding.engine import Engine
 from decoding.logits import Sampling
 from decoding.messages import Generate, SamplingParams
@@ -141,6 +142,42 @@ def test_texts_of_mixed_batches_are_those_of_plain_decoding(dtype: str, temperat
         assert _text(loaded.generate([plain])[plain.sequence_id]) == _text(together[request.sequence_id])
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_drafts_made_in_one_call_are_those_made_step_by_step(dtype: str) -> None:
+    """Rows of all draft lengths, greedy and sampled, at one exit layer or several; bfloat16 goes step by step."""
+    loaded = engine(BUNDLED_CHECKPOINT, compile_layers=True, dtype=dtype)
+    cycle, model = loaded.runtime.cycle, loaded.runtime.model
+    fast, steps = cycle._drafter, EarlyExitDrafter(model, model.attention)
+    assert isinstance(fast, CompiledDrafter) is (dtype == "float32")
+    rng, num_drafted = random.Random(9), 0
+    for is_mixed in (False, False, True):
+        requests = [
+            Generate(
+                sequence_id=number,
+                prompt_ids=[rng.randrange(5, 4000) for _ in range(rng.randrange(1, 20))],
+                max_new_tokens=16,
+                sampling=SamplingParams(temperature=rng.choice([0, 0.9]), top_p=rng.choice([1.0, 0.9])),
+                seed=number,
+                stop_token_ids=[],
+                exit_layer=rng.choice([3, 6]) if is_mixed else 4,
+                draft_length=number % 5,
+                traces_drafts=True,
+            )
+            for number in range(9)
+        ]
+        found = []
+        for drafter in (fast, steps):
+            cycle._drafter = drafter
+            # Nothing that the other run computed is found again.
+            salted = [replace(request, cache_salt=f"{is_mixed} {len(found)}") for request in requests]
+            events = loaded.generate(salted)
+            found.append({i: [(e.token_ids, e.drafted_ids, e.kept) for e in of] for i, of in events.items()})
+        assert found[0] == found[1]
+        num_drafted += sum(event.drafted for of in events.values() for event in of)
+    assert num_drafted > 200
+
+
 def _plain(request: Generate) -> Generate:
     changed = {"sequence_id": request.sequence_id + 100, "exit_layer": 3, "draft_length": 0}
     return Generate(**{name: getattr(request, name) for name in request.__struct_fields__} | changed)
@@ -192,70 +229,6 @@ def test_more_choices_than_rows_of_a_greedy_batch_are_all_greedy() -> None:
             logits_NV, sampling.take(torch.zeros(64, dtype=torch.int64)), torch.arange(64)
         )
         assert torch.equal(chosen_N, logits_NV.argmax(-1))
-
-
-@needs_compiler
-def test_float64_and_odd_widths_are_refused(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, head_dim=8)
-    with pytest.raises(SettingsError, match="not cpu and float64"):
-        engine(folder, compile_layers=True, dtype="float64")
-    with pytest.raises(SettingsError, match="multiples of 16"):
-        engine(folder, compile_layers=True)
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("settings", "is_compiled"),
-    [
-        ({}, True),
-        ({"num_threads": 2}, True),
-        ({"dtype": "bfloat16"}, True),
-        ({"dtype": "float64"}, False),
-        ({"attention": "gather"}, False),
-        ({"compile_layers": False}, False),
-        ({"draft_model": str(BUNDLED_CHECKPOINT)}, True),
-    ],
-)
-def test_layers_are_compiled_where_that_is_possible(settings: dict[str, object], is_compiled: bool) -> None:
-    asked = {"num_threads": 1, "exit_layer": 1, "draft_length": 1, "num_blocks": 64} | settings
-    assert (
-        Engine.load(EngineSettings(model=str(BUNDLED_CHECKPOINT), **asked)).ready.is_compiled is is_compiled
-    )
-
-
-def test_large_models_keep_their_threads_and_odd_ones_their_layers(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(compiling, "_SMALL_BYTES", 1 << 20)
-    for folder, num_threads in ((BUNDLED_CHECKPOINT, 2), (make_checkpoint(tmp_path, head_dim=8), 1)):
-        settings = EngineSettings(
-            model=str(folder), num_threads=num_threads, exit_layer=1, draft_length=1, num_blocks=64
-        )
-        assert not Engine.load(settings).ready.is_compiled
-
-
-def test_without_a_compiler_layers_stay_uncompiled_and_it_says_so(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    stages = []
-    loaded = Engine.load(
-        EngineSettings(num_threads=1, exit_layer=1, draft_length=1, num_blocks=64),
-        progress=lambda stage, _: stages.append(stage),
-    )
-    assert not loaded.ready.is_compiled
-    assert any("layers stay uncompiled: compile_layers: no C++ compiler" in stage for stage in stages)
-
-
-def test_without_a_compiler_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SettingsError, match=r"no C\+\+ compiler"):
-        compiled_library.build(tmp_path)
-
-
-@needs_compiler
-def test_what_was_compiled_is_found_again(tmp_path: Path) -> None:
-    compiled_library.build(tmp_path)
-    (made,) = (tmp_path / "compiled").iterdir()
-    before = made.stat().st_mtime_ns
-    compiled_library.build(tmp_path)
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "compiled").iterdir()] == [before]
 
 
 @pytest.mark.parametrize("num_outputs", [16, 20])

@@ -14,15 +14,8 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 from msgspec.structs import replace
 
 from decoding.blocks import BlockPool
@@ -104,7 +97,7 @@ class Open:
     has_been_heard: bool = False
 
 
-class EngineStates(RuleBasedStateMachine):
+class EngineStates(stateful.RuleBasedStateMachine):
     """The engine, taken apart so that rows can leave between plan and commit, beside what must come of it."""
 
     def __init__(self, labs: Labs) -> None:
@@ -114,7 +107,7 @@ class EngineStates(RuleBasedStateMachine):
         self._ended: list[Open] = []
         self._num_submitted = 0
 
-    @initialize(
+    @stateful.initialize(
         num_blocks=st.sampled_from([SMALLEST_POOL, SMALLEST_POOL + 3, SMALLEST_POOL + 6, 64]),
         limits=st.sampled_from([(1, 2), (3, 3), (3, 64), (8, 9), (8, 64), (8, 64)]),
         promotes=st.booleans(),
@@ -142,32 +135,32 @@ class EngineStates(RuleBasedStateMachine):
         )
         self._scheduler = self._make_scheduler()
 
-    @rule(coming=st.lists(requests, min_size=1, max_size=6))
+    @stateful.rule(coming=st.lists(requests, min_size=1, max_size=6))
     def submit(self, coming: list[Generate]) -> None:
         for request in coming:
             self._submit(request)
 
-    @precondition(lambda self: self._ended)
-    @rule(place=places, drafting=ways_of_drafting)
+    @stateful.precondition(lambda self: self._ended)
+    @stateful.rule(place=places, drafting=ways_of_drafting)
     def go_on_with_an_answer(self, place: int, drafting: dict[str, object]) -> None:
         """The last token of an answer was never computed, though it may fill a block."""
         before = self._ended[-1 - place % len(self._ended)]
         prompt_ids = [*before.request.prompt_ids, *before.answer, 9][:MAX_PROMPT]
         self._submit(replace(before.request, prompt_ids=prompt_ids, **drafting))
 
-    @precondition(lambda self: self._open)
-    @rule(count=st.integers(1, 6))
+    @stateful.precondition(lambda self: self._open)
+    @stateful.rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
             self._step(lambda: None)
 
-    @precondition(lambda self: self._open)
-    @rule(place=places, moment=st.sampled_from(["plan", "run", "commit"]))
+    @stateful.precondition(lambda self: self._open)
+    @stateful.rule(place=places, moment=st.sampled_from(["plan", "run", "commit"]))
     def step_while_one_leaves(self, place: int, moment: str) -> None:
         self._step(lambda: self._abort(place), before=moment)
 
-    @precondition(lambda self: self._open)
-    @rule()
+    @stateful.precondition(lambda self: self._open)
+    @stateful.rule()
     def step_until_one_ends(self) -> None:
         num_open = len(self._open)
         for _ in range(1000):
@@ -176,8 +169,8 @@ class EngineStates(RuleBasedStateMachine):
                 return
         raise AssertionError("none ends")
 
-    @precondition(lambda self: self._open)
-    @rule(count=st.integers(0, 4))
+    @stateful.precondition(lambda self: self._open)
+    @stateful.rule(count=st.integers(0, 4))
     def die_and_be_followed(self, count: int) -> None:
         """What the cache holds is of no use to the next, whose pool knows nothing of it."""
         self.step(count)
@@ -276,7 +269,7 @@ def labs(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Labs:
 def run(labs: Labs, *, num_examples: int, num_rules: int, is_same_every_time: bool) -> None:
     """So many runs of so many rules, in which everything that could break something happened."""
     labs.happened.clear()
-    run_state_machine_as_test(
+    stateful.run_state_machine_as_test(
         partial(EngineStates, labs),
         settings=settings(
             max_examples=num_examples,

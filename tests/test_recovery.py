@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 
 import pytest
 from msgspec.structs import replace
@@ -12,30 +11,12 @@ from msgspec.structs import replace
 from decoding.messages import Abort, Failed, FinishReason, Load, StepReport
 from server.deadlines import Deadlines
 from server.engine_client import WorkerState
-from server.errors import ApiError, QueueTimeout, WorkerLost, WorkerLostTwice
+from server.errors import QueueTimeout, WorkerLost, WorkerLostTwice
 from server.restarts import MAX_FRUITLESS_DEATHS
-from server.token_stream import TokenStream
-from tests.played_worker import Played, drain, generate, said
+from tests.played_worker import Played, drain, error_of, generate, given_ids, play, said
 from tests.scripted_engine import scripted_ready
 
 LENGTH = FinishReason.LENGTH
-
-
-def play(scene: Callable[[Played], Awaitable[None]], played: Callable[[], Played] = Played) -> None:
-    async def run() -> None:
-        stage = played().ready()
-        await scene(stage)
-        await stage.client.stop()
-
-    asyncio.run(run())
-
-
-def given_ids(played: Played) -> list[int]:
-    return [sequence.sequence_id for sequence in played.process.given]
-
-
-async def error_of(stream: TokenStream) -> ApiError | None:
-    return (await drain(stream))[1]
 
 
 def test_what_was_open_goes_on_behind_what_had_come() -> None:

@@ -26,6 +26,23 @@ def test_costs_follow_a_machine_that_slows_down() -> None:
     )
 
 
+def test_what_depth_costs_is_learned_from_drafts_at_other_depths() -> None:
+    """A draft at 12 takes less than one at 4 foretold; what one at 4 takes is known and stays."""
+    step_costs, row = costs(flat), np.array([1])
+    shallow_s = float(step_costs.draft_s(4, row)[0])
+    deep_s = 0.6 * float(step_costs.draft_s(12, row)[0])
+    verified_s = verify_s(flat, 4, 1, 3)
+    for _ in range(30):
+        step_costs.observe(4, [2], draft_s=2 * shallow_s, verify_s=verified_s)
+    for _ in range(10):
+        step_costs.observe(
+            12, [2], draft_s=2 * deep_s, verify_s=float(step_costs.verify_s(12, 1, np.array(3)))
+        )
+    assert float(step_costs.draft_s(12, row)[0]) == pytest.approx(deep_s, rel=0.15)
+    assert float(step_costs.draft_s(4, row)[0]) == pytest.approx(shallow_s, rel=0.1)
+    assert deep_s > float(step_costs.draft_s(8, row)[0]) > shallow_s
+
+
 def test_one_step_that_was_held_up_changes_little() -> None:
     step_costs = costs(flat)
     before = step_costs.plain_s(1)
