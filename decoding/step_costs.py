@@ -151,7 +151,7 @@ class StepCosts:
     def _believe_drafts(self, surprise: float, exit_layer: int, row: int) -> None:
         """Near the exit layers that are mostly used the whole line moves; far from them it tilts about those."""
         centre = self._centre_R[row]
-        self._centre_R[row] += _PACE * (exit_layer - centre)
+        self._centre_R[row] += _SHARED_PACE * (exit_layer - centre)
         if abs(exit_layer - centre) <= _NEAR:
             _believe(surprise, (self._head_s_R, self._layer_s_R), row, self._num_drafted_R)
             return

@@ -52,7 +52,7 @@ def costs(seconds: Seconds) -> StepCosts:
     # Each layer more saves as much.
     saved_s_RW = verify_s_LRW[0] - verify_s_LRW[1]
     assert np.allclose(np.diff(verify_s_LRW, axis=0), -saved_s_RW)
-    return StepCosts(head, layer, verify_s_LRW[0] + saved_s_RW, saved_s_RW)
+    return StepCosts(head, layer, verify_s_LRW[0] + saved_s_RW, saved_s_RW, exit_layer=4.0)
 
 
 def verify_s(seconds: Seconds, exit_layer: int, rows: int, width: int) -> float:
