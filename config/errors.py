@@ -11,7 +11,7 @@ class StartupError(Exception):
 
 
 class ShortOfMemory(StartupError):
-    """Memory ran out during the start. It may be enough another time: others may hold what is missing now."""
+    """Memory ran out during the start. Who follows another worker is tried again: that one may hold it still."""
 
 
 class SettingsError(StartupError):

@@ -237,7 +237,11 @@ def _num_drafted(tokens: _Tokens, tokens_P: Ints, ids_P: Tensor) -> Tensor:
     is_own_EK = np.arange(tokens.drafts_NK.shape[1]) < tokens.num_drafts_E[:, None]
     drafts_EK = tokens.drafts_NK[tokens.send(tokens.indices_E)]
     drafts_EK = drafts_EK.masked_fill_(tokens.send(~is_own_EK), _NO_DRAFT)
-    return (drafts_EK[tokens.send(tokens_P)] == ids_P[:, None]).sum(1)
+    places_P, counts_P = tokens.send(tokens_P), torch.zeros_like(ids_P)
+    # A loop over drafts: a long prompt has too many ids to hold each beside every draft.
+    for drafts_E in drafts_EK.unbind(1):
+        counts_P += drafts_E[places_P] == ids_P
+    return counts_P
 
 
 def _penalised(tokens: _Tokens, tokens_P: Ints, logits_P: Tensor, counts_P: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Drafter(StrEnum):
 
 
 class LogitEdits(msgspec.Struct, frozen=True):
-    """What is done to logits before temperature and filters, in the order of these fields; see `decoding.edits`.
+    """What is done to logits before temperature and filters, in the order of these fields.
 
     `allowed_token_ids` empty allows all. Each of `bad_words` is a list of ids whose last may not follow the
     others. Before `min_tokens` new tokens, no stop token is chosen. Presence and frequency count new tokens,

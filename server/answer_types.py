@@ -209,7 +209,7 @@ class ControllerState(TypedDict):
 class ServerInfoAnswer(TypedDict):
     """What is served, and within which bounds.
 
-    `controller` is null where exit layer and draft length are fixed, and until the worker has first been heard.
+    `controller` is null where nothing is left to choose, and until the worker has first been heard.
     """
 
     version: str

@@ -1,6 +1,6 @@
 """What a request asks to be done to logits, checked and put into token ids.
 
-Knows ranges that depend on the model; what an edit does stands in `decoding.edits`.
+Knows ranges that depend on the model; what an edit does stands in `decoding.edited_logits`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from server.codec import Codec
 from server.errors import InvalidRequest
 from server.openai_params import GenerationParams
 
-# Every word costs the worker a few operations for every token that it drafts or verifies.
+# Every id of every word is looked at for every token that the worker drafts or verifies.
 _MAX_BAD_WORDS: Final = 128
 _MAX_BAD_WORD_CHARS: Final = 256
+_MAX_BAD_WORD_TOKENS: Final = 2048
 
 
 def resolve_edits(
@@ -71,4 +72,10 @@ def _bad_words(words: Sequence[str], codec: Codec) -> list[list[int]]:
         for variant in (word, f" {word.lstrip()}"):
             if token_ids := codec.encode_word(variant):
                 spelled[tuple(token_ids)] = None
+    if sum(map(len, spelled)) > _MAX_BAD_WORD_TOKENS:
+        raise InvalidRequest(
+            f"`bad_words` may come to at most {_MAX_BAD_WORD_TOKENS} tokens, each word with and without a space "
+            "before it",
+            param="bad_words",
+        )
     return [list(token_ids) for token_ids in spelled]

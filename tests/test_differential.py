@@ -278,3 +278,15 @@ def test_stop_on_the_last_token_allowed_is_a_stop_and_not_a_length(exact, tiny, 
         for stop in ({"stop": string}, {"stop_token_ids": [run.ids[place]]}):
             (choice,) = check_ending(exact, tiny, last | stop, str(stop))[0].facts.choices
             assert (choice[2], choice[3]) == (run.ids[: place + 1], "stop")
+
+
+def test_computed_prompts_are_found_by_those_of_the_same_salt_alone(exact):
+    prompt = "to be, or not to be, that is the question: whether it is nobler " * 2
+
+    def num_cached(**salt: str) -> int:
+        usage = exact.complete(prompt=prompt, max_tokens=2, temperature=0, **salt)["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert num_cached() == 0 < num_cached()
+    assert num_cached(cache_salt="a") == 0 < num_cached(cache_salt="a")
+    assert num_cached(cache_salt="b") == 0

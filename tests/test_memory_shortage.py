@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from collections.abc import Callable
@@ -19,9 +20,12 @@ from config.errors import SettingsError, ShortOfMemory
 from config.settings import EngineSettings
 from decoding.engine import Engine
 from decoding.memory_shortage import needing_memory
+from decoding.messages import Failed, FinishReason
 from decoding.parallel import OutOfStep, Ranks
 from decoding.sharding import Shard
+from server.engine_client import WorkerState
 from tests.graph_tape import Moment
+from tests.played_worker import Played, error_of, play, said
 from tests.tiny import make_checkpoint
 from tests.two_ranks import FORKS, VOCAB, PlainChannel, other_rank, shared_out
 
@@ -133,3 +137,31 @@ def test_a_rank_that_is_not_the_first_says_so_itself_and_ends(tmp_path: Path) ->
 def loud_rank(connection: Connection, said: Path) -> None:
     sys.stderr = said.open("w")
     other_rank(connection)
+
+
+def test_a_start_that_failed_for_want_of_memory_is_tried_again_where_a_worker_was_before() -> None:
+    """What that one held may not be free yet. A first start that fails so is the end: the operator is asked."""
+
+    async def scene(played: Played) -> None:
+        stream = played.submit(1)
+        played.die()
+        while len(played.workers) == 1:
+            await asyncio.sleep(0.01)
+        played.process.callbacks.on_event(Failed("memory ran out", may_pass=True))
+        assert played.client.state is WorkerState.RESTARTING
+        played.die(0)
+        await played.restarted()
+        played.step(said(1, 8, finish=FinishReason.LENGTH))
+        assert await error_of(stream) is None
+
+    play(scene)
+
+
+def test_a_first_start_that_fails_for_want_of_memory_is_the_end() -> None:
+    async def scene() -> None:
+        played = Played()
+        played.process.callbacks.on_event(Failed("memory ran out", may_pass=True))
+        assert played.client.state is WorkerState.DEAD
+        await played.client.stop()
+
+    asyncio.run(scene())

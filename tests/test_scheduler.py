@@ -214,7 +214,10 @@ def test_nothing_is_shared_with_another_salt() -> None:
     for sequence_id, salt in enumerate(("ours", "", "ours", "theirs")):
         asked = replace(request(sequence_id), prompt_ids=list(range(64)), max_new_tokens=1, cache_salt=salt)
         under_test.submit(asked)
-    cached = {}
+    first = under_test.plan()
+    assert first is not None
+    assert sorted(first.sequence_ids) == [0, 1]
+    cached = {event.sequence_id: event.num_cached_tokens for event in under_test.commit(refused(first))}
     while (plan := under_test.plan()) is not None:
         cached |= {event.sequence_id: event.num_cached_tokens for event in under_test.commit(refused(plan))}
     assert cached == {0: 0, 1: 0, 2: 48, 3: 0}
