@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from decoding.messages import Generate, LogitEdits, SamplingParams
 from tests.tiny import load_reference
@@ -145,12 +146,12 @@ class NaiveDecoder:
     def _decode(self, request: Generate, guess: list[int]) -> tuple[list[int], list[np.ndarray]]:
         known = list(request.prompt_ids)
         logprobs = []
-        fed, cache = [*known, *guess], None
+        fed, cache = [*known, *guess], DynamicCache()
         coming: list[np.ndarray] = []
         while len(known) - len(request.prompt_ids) < request.max_new_tokens:
             if not coming:
-                output = self._model(torch.tensor([fed]), past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                # By place: the fourth argument's name depends on the version of transformers.
+                output = self._model(torch.tensor([fed]), None, None, cache, use_cache=True)
                 coming = list(output.logits[0, -1 - len(guess) :].numpy())
             logits_V = coming.pop(0)
             logprobs.append(log_softmax(logits_V))
@@ -161,7 +162,7 @@ class NaiveDecoder:
             if known[-1] in request.stop_token_ids:
                 break
             if guess and guess.pop(0) != known[-1]:
-                fed, cache, guess, coming = known, None, [], []
+                fed, cache, guess, coming = known, DynamicCache(), [], []
         return known[len(request.prompt_ids) :], logprobs
 
 
