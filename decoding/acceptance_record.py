@@ -44,6 +44,9 @@ _HOPED: Final = 6.0
 SUREST: Final = 0.98
 """No draft is surer than this."""
 
+_LEAST_EXPECTED: Final = 0.001
+"""Drafts of a row that are expected to be kept at least, of those that were reached: a ratio needs some."""
+
 
 @dataclass(slots=True, eq=False)
 class RowRecord:
@@ -63,7 +66,7 @@ class RowRecord:
     @property
     def ratio(self) -> float:
         """Drafts kept to drafts expected to be, drawn towards 1 while little is known."""
-        usual = self.expected / self.reached if self.reached else 1.0
+        usual = max(self.expected / self.reached, _LEAST_EXPECTED) if self.reached else 1.0
         return (self.kept + _ROW_PRIOR * usual) / (self.expected + _ROW_PRIOR * usual)
 
     @property

@@ -93,11 +93,11 @@ def text_assets(checkpoint: Checkpoint) -> TextAssets:
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer_eos: int | None) -> list[int]:
+    """Those that this model can say: a tokenizer may have ids that the model has not."""
     raw = _read_json(checkpoint.folder / "generation_config.json").get("eos_token_id")
     listed = raw if isinstance(raw, list) else [raw]
-    return sorted(
-        {i for i in listed if isinstance(i, int)} | (set() if tokenizer_eos is None else {tokenizer_eos})
-    )
+    named = {i for i in (*listed, tokenizer_eos) if isinstance(i, int)}
+    return sorted(i for i in named if 0 <= i < checkpoint.shape.vocab_size)
 
 
 def _find_folder(model: str, revision: str | None) -> Path:

@@ -54,6 +54,9 @@ _LEAST_LOOKED_UP: Final = 0.25
 _TRIED_LOOKUPS: Final = 256
 """Where no looked-up draft pays, one in so many steps is verified all the same."""
 
+_KEPT_SETS: Final = 64
+"""Sets of exit layers to choose among for which a choice is kept: requests make up new ones."""
+
 _USUAL: Final = 1.0
 """The advantage of a row of which nothing is known."""
 
@@ -123,7 +126,8 @@ class Controller:
         self._num_steps += 1
         standing = self._standing.get(among)
         if standing is None or not standing.serves(rows, len(rows) + num_others):
-            standing = self._standing[among] = self._decide(rows, among, num_others)
+            standing = self._decide(rows, among, num_others)
+            _keep(self._standing, among, standing)
         standing.steps_left -= 1
         if not among:
             self.exit_layer = standing.exit_layer
@@ -207,7 +211,8 @@ class Controller:
         look = self._explorer.look(self._num_steps, chosen, best, batch, layers=among)
         if look is not None:
             return _standing(look.candidate, batch, advantages, look.num_steps, look.surveyed)
-        self._settled[among] = standing = _standing(chosen, batch, advantages, _KEPT_STEPS)
+        standing = _standing(chosen, batch, advantages, _KEPT_STEPS)
+        _keep(self._settled, among, standing)
         return standing
 
     def _worth(self, candidate: Candidate) -> float:
@@ -236,6 +241,14 @@ class Controller:
             return self._exit_layers
         place = bisect_left(self._exit_layers, self.exit_layer)
         return self._exit_layers[max(0, place - 1) : place + 2]
+
+
+def _keep(kept: dict[ExitLayers, _Standing], among: ExitLayers, standing: _Standing) -> None:
+    """As the latest of so many."""
+    kept.pop(among, None)
+    kept[among] = standing
+    if len(kept) > _KEPT_SETS:
+        del kept[next(iter(kept))]
 
 
 def _standing(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -26,6 +27,9 @@ from decoding.ragged import Ints, Ragged
 Array = NDArray[np.generic]
 
 _NO_DRAFT: Final = -1
+
+_MOST_PAIRS: Final = 1 << 20
+"""Pairs that are gathered at once: long prompts have many ids to penalise, and each takes some hundred bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +50,42 @@ class Before:
         return cls(rows_N, np.full(len(rows_N), len(drafts)), drafts_NK)
 
 
-def apply_edits(logits_NV: Tensor, edited: Sequence[Edited | None], before: Before) -> Tensor:
+def apply_edits(
+    logits_NV: Tensor, edited: Sequence[Edited | None], before: Before, *, most_pairs: int = _MOST_PAIRS
+) -> Tensor:
     """Logits with the edits of each token's row applied; a forbidden one has −∞. `edited` are the step's rows.
 
-    Float32 at least; logits that are so already are changed in place.
+    Float32 at least; logits that are so already are changed in place. Some `most_pairs` are gathered at once.
     """
     rows = [row for row in edited if row is not None]
     if not rows:
         return logits_NV
     is_edited_B = np.array([row is not None for row in edited])
     indices_E = np.flatnonzero(is_edited_B[before.rows_N])
+    rows_E = (is_edited_B.cumsum() - 1)[before.rows_N[indices_E]]
     new_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    tokens = _Tokens(
-        logits_NV=new_NV,
-        rows=rows,
-        indices_E=indices_E,
-        rows_E=(is_edited_B.cumsum() - 1)[before.rows_N[indices_E]],
-        num_drafts_E=before.num_drafts_N[indices_E],
-        drafts_NK=before.drafts_NK,
-    )
-    _allow(tokens)
-    _forbid(tokens)
-    _favour(tokens)
-    _penalise(tokens)
+    num_ids_E = np.array([row.num_ids for row in rows])[rows_E]
+    for part in _parts(num_ids_E, most_pairs):
+        tokens = _Tokens(
+            logits_NV=new_NV,
+            rows=rows,
+            indices_E=indices_E[part],
+            rows_E=rows_E[part],
+            num_drafts_E=before.num_drafts_N[indices_E[part]],
+            drafts_NK=before.drafts_NK,
+        )
+        _allow(tokens)
+        _forbid(tokens)
+        _favour(tokens)
+        _penalise(tokens)
     return new_NV
+
+
+def _parts(num_ids_E: Ints, most_pairs: int) -> list[slice]:
+    """Neighbouring tokens that have, but for the first one's ids, no more of them together than `most_pairs`."""
+    parts_E = num_ids_E.cumsum() // most_pairs
+    cuts = [0, *(np.flatnonzero(np.diff(parts_E)) + 1).tolist(), len(num_ids_E)]
+    return [slice(first, last) for first, last in pairwise(cuts)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,13 @@ class Edited:
         latest = _latest(token_ids, editor.bad_words.farthest) if editor.bad_words.farthest else _NONE
         return cls(editor, Known(len(token_ids) - editor.num_prompt_tokens, ids_T, counts_T, latest))
 
+    @property
+    def num_ids(self) -> int:
+        """How many ids are looked at for each of its tokens."""
+        editor = self.editor
+        named = len(editor.allowed_A) + len(editor.ruled_C) + len(editor.biased_A)
+        return named + len(editor.bad_words.ids_P) + len(self.known.ids_T)
+
 
 def _latest(token_ids: Sequence[int], most: int) -> Ints:
     own = token_ids[-most:]

@@ -94,9 +94,11 @@ class Codec:
         return token_ids
 
     def encode_word(self, word: str) -> list[int]:
-        """Ids of a short text, at once and without special tokens."""
+        """Ids of a short text, at once and without special tokens; none if this model cannot say it: a tokenizer
+        may have ids that the model has not.
+        """
         token_ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
-        return token_ids
+        return token_ids if max(token_ids, default=0) < self._limits.vocab_size else []
 
     def decoder(self, *, skip_special_tokens: bool) -> Decode:
         """What turns ids into text, with or without that of special tokens."""

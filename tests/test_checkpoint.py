@@ -250,7 +250,9 @@ def test_sampling_defaults_are_the_authors_or_neutral(
 
 
 @pytest.mark.parametrize(
-    ("listed", "expected"), [(None, [0]), (5, [0, 5]), ([7, 5, 0], [0, 5, 7]), ([], [0])], ids=str
+    ("listed", "expected"),
+    [(None, [0]), (5, [0, 5]), ([7, 5, 0], [0, 5, 7]), ([], [0]), ([5, 1 << 20], [0, 5])],
+    ids=str,
 )
 def test_every_end_of_sequence_id_is_known(
     listed: object, expected: list[int], original: Path, tmp_path: Path

@@ -230,6 +230,26 @@ def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain(num_row
     assert not under_test.pays
 
 
+def test_rows_of_which_no_draft_was_kept_where_none_was_expected_to_be_are_weighed_too() -> None:
+    known = AcceptanceRecord(
+        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
+    )
+    under_test, batch = controller(costs(linear), known), rows(2)
+    under_test.drafted(4, Drafter.EARLY_EXIT, [Fate(RowRecord(), 2, 0)] * 300)
+    under_test.choose(batch)
+    assert max(known.expected(2)) == 0
+    under_test.drafted(2, Drafter.EARLY_EXIT, [Fate(row.record, 2, 0) for row in batch])
+    assert under_test.choose(batch, among=(2,)).exit_layer == 2
+
+
+def test_sets_of_exit_layers_that_were_asked_for_are_not_kept_for_good() -> None:
+    under_test, rng = controller(costs(linear), record(lambda layer: 0.8)), np.random.default_rng(0)
+    for _ in range(400):
+        asked = rng.choice(LAYERS, size=3, replace=False)
+        under_test.choose(rows(1), among=tuple(sorted(asked.tolist())))
+    assert len(under_test._standing) == len(under_test._settled) == 64
+
+
 def test_drafts_that_do_not_pay_for_many_rows_may_pay_for_one() -> None:
     def saturating(layers: int, num_rows: int, tokens: int) -> float:
         return layers * max(1.0, tokens / 24)

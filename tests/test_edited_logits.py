@@ -91,6 +91,7 @@ def test_tokens_of_many_rows_are_edited_as_each_alone() -> None:
             torch.from_numpy(logits_NV.copy()),
             [edited_row(request, ids) for request, ids in zip(requests, known, strict=True)],
             Before(rows_N, num_drafts_N, torch.from_numpy(drafts_NK)),
+            most_pairs=int(rng.choice([1, 7, 1000])),
         ).numpy()
         for n, row in enumerate(rows_N.tolist()):
             new_ids = [*known[row], *drafts_NK[n, : num_drafts_N[n]].tolist()]

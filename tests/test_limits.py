@@ -208,6 +208,15 @@ def test_bad_words_are_banned_at_the_start_of_a_text_and_behind_a_word():
     assert edits(bad_words=["unspeakable"]).bad_words == [ids("unspeakable"), ids(" unspeakable")]
 
 
+def test_a_word_that_only_the_tokenizer_can_spell_needs_no_ban():
+    """Padding that was added to a tokenizer has an id behind the model's last."""
+    smaller = structs.replace(LIMITS, vocab_size=max(CODEC.encode_word(" return")))
+    codec = Codec(TextAssets(TOKENIZER_JSON, [0], [0], chat_template=None), smaller)
+    asked = parse(bad_words=["return", "a"])
+    found = resolve_edits(asked, codec, stop_token_ids=[0], max_new_tokens=16)
+    assert found == LogitEdits(bad_words=[CODEC.encode_word("a"), CODEC.encode_word(" a")])
+
+
 def test_min_tokens_wait_for_nothing_where_no_token_ends_the_answer():
     assert resolve_edits(parse(min_tokens=4), CODEC, stop_token_ids=[], max_new_tokens=16) is None
 
