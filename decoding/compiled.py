@@ -29,6 +29,9 @@ from decoding.ragged import Ints, Ragged
 LANES: Final = 16
 """Numbers that the compiled code takes at once: every width is a multiple of it."""
 
+_PANEL: Final = 4 * LANES
+"""Outputs of a matrix that lie side by side."""
+
 CACHED: Final = (torch.float32, torch.bfloat16)
 HEAD_WIDTHS: Final = (16, 32, 64, 80, 96, 128)
 """What it is made for."""
@@ -37,14 +40,19 @@ _STORED: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PanelLinear:
-    """A matrix in panels of 16 outputs, input by input, in the shortest dtype that holds its values."""
+    """A matrix in panels of 64 outputs, input by input, in the shortest dtype that holds its values."""
 
     def __init__(self, weight_OI: Tensor) -> None:
         num_outputs, num_inputs = weight_OI.shape
         self.shape = num_outputs, num_inputs
-        padded_OI = F.pad(weight_OI, (0, 0, 0, -num_outputs % LANES))
-        panels = padded_OI.view(-1, LANES, num_inputs).transpose(1, 2)
+        padded_OI = F.pad(weight_OI, (0, 0, 0, -num_outputs % _PANEL))
+        panels = padded_OI.view(-1, _PANEL, num_inputs).transpose(1, 2)
         self.panels = panels.to(_shortest(weight_OI)).contiguous()
+
+    @property
+    def num_computed(self) -> int:
+        """Outputs that compiled code computes: those of the matrix, rounded up to whole lanes."""
+        return -(-self.shape[0] // LANES) * LANES
 
     def __call__(self, x_NI: Tensor, /) -> Tensor:
         """Apply the matrix, slowly: compiled code reads the panels itself."""
@@ -152,7 +160,7 @@ class CompiledDecoder(LlamaDecoder):
             len(num_rows_K),
             exit_layer,
             self._head.shape[0],
-            len(self._head.panels) * LANES,
+            self._head.num_computed,
             contexts_BT.shape[1],
             num_rows_K.ctypes.data,
             last_ids_B.data_ptr(),
@@ -187,13 +195,12 @@ class CompiledDecoder(LlamaDecoder):
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of hidden states after any layer: the final norm, then the one head of the model."""
         entering_ND = hidden_ND.to(torch.float32).contiguous()
-        padded = len(self._head.panels) * LANES
-        logits_NV = torch.empty(len(hidden_ND), padded)
+        logits_NV = torch.empty(len(hidden_ND), self._head.num_computed)
         self._library.head_logits(
             ctypes.byref(self._model),
             ctypes.c_void_p(self._final_norm_D.data_ptr()),
             ctypes.c_void_p(self._head.panels.data_ptr()),
-            ctypes.c_int64(padded),
+            ctypes.c_int64(self._head.num_computed),
             ctypes.c_void_p(entering_ND.data_ptr()),
             ctypes.c_int64(len(hidden_ND)),
             ctypes.c_void_p(logits_NV.data_ptr()),

@@ -4,69 +4,17 @@
 // whatever weights and cache are stored in. A token's results do not depend on which tokens are beside it: every sum
 // has one order.
 //
-// Shapes: N tokens, D model width, H query heads, G key/value heads, F head width, I inputs, O outputs.
+// Shapes: N tokens, D model width.
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
+#include "compiled_attention.h"
 #include "compiled_model.h"
+#include "compiled_multiply.h"
 #include "compiled_vectors.h"
 
 namespace {
-
-// Panels of 16 outputs: weights[panel][input][16]. Adds nothing to what `out` held.
-template <class Weight, int TOKENS, int PANELS>
-inline void multiply_block(const float *in_NI, int64_t num_inputs, const Weight *panels, float *out_NO,
-                           int64_t out_stride) {
-    Floats sums[TOKENS][PANELS] = {};
-    for (int64_t input = 0; input < num_inputs; input++) {
-        Floats weights[PANELS];
-        for (int panel = 0; panel < PANELS; panel++)
-            weights[panel] = load(panels + (panel * num_inputs + input) * LANES);
-        for (int token = 0; token < TOKENS; token++) {
-            const Floats value = Floats{} + in_NI[token * num_inputs + input];
-            for (int panel = 0; panel < PANELS; panel++) sums[token][panel] += weights[panel] * value;
-        }
-    }
-    for (int token = 0; token < TOKENS; token++)
-        for (int panel = 0; panel < PANELS; panel++)
-            store(out_NO + token * out_stride + panel * LANES, sums[token][panel]);
-}
-
-template <class Weight, int TOKENS>
-void multiply_few(const float *in_NI, int64_t num_inputs, const Weight *panels, int64_t num_panels, float *out_NO) {
-    constexpr int WIDE = 4;
-    int64_t panel = 0;
-    for (; panel + WIDE <= num_panels; panel += WIDE)
-        multiply_block<Weight, TOKENS, WIDE>(in_NI, num_inputs, panels + panel * num_inputs * LANES,
-                                             out_NO + panel * LANES, num_panels * LANES);
-    for (; panel < num_panels; panel++)
-        multiply_block<Weight, TOKENS, 1>(in_NI, num_inputs, panels + panel * num_inputs * LANES,
-                                          out_NO + panel * LANES, num_panels * LANES);
-}
-
-// out_NO = in_NI · weightsᵀ; O is a multiple of 16.
-template <class Weight>
-void multiply(const float *in_NI, int64_t num_tokens, int64_t num_inputs, const Weight *panels, int64_t num_outputs,
-              float *out_NO) {
-    const int64_t num_panels = num_outputs / LANES;
-    constexpr int MOST = 6;
-    for (int64_t token = 0; token < num_tokens;) {
-        const float *in = in_NI + token * num_inputs;
-        float *out = out_NO + token * num_outputs;
-        const int64_t count = std::min<int64_t>(MOST, num_tokens - token);
-        switch (count) {
-        case 1: multiply_few<Weight, 1>(in, num_inputs, panels, num_panels, out); break;
-        case 2: multiply_few<Weight, 2>(in, num_inputs, panels, num_panels, out); break;
-        case 3: multiply_few<Weight, 3>(in, num_inputs, panels, num_panels, out); break;
-        case 4: multiply_few<Weight, 4>(in, num_inputs, panels, num_panels, out); break;
-        case 5: multiply_few<Weight, 5>(in, num_inputs, panels, num_panels, out); break;
-        default: multiply_few<Weight, 6>(in, num_inputs, panels, num_panels, out); break;
-        }
-        token += count;
-    }
-}
 
 void normalise(const float *in_ND, int64_t num_tokens, int64_t width, const float *weight_D, float eps,
                float *out_ND) {
@@ -78,63 +26,6 @@ void normalise(const float *in_ND, int64_t num_tokens, int64_t width, const floa
         const float scale = 1.0f / std::sqrt(sum(squares) / width + eps);
         for (int64_t place = 0; place < width; place += LANES)
             store(out + place, load(in + place) * scale * load(weight_D + place));
-    }
-}
-
-// One query head of one token: attended_F = Σ softmax(query · keys) values, over `length` positions.
-template <class Cached, int PARTS>
-void attend_head(const float *query_F, const Cached *layer, int64_t slot_width, int64_t key_at, int64_t value_at,
-                 const int64_t *slots, int64_t length, float *scores_T, float *attended_F) {
-    const float scale = 1.0f / std::sqrt(static_cast<float>(PARTS * LANES));
-    Floats query[PARTS];
-    for (int part = 0; part < PARTS; part++) query[part] = load(query_F + part * LANES) * scale;
-    float best = -INFINITY;
-    for (int64_t position = 0; position < length; position++) {
-        const Cached *key = layer + slots[position] * slot_width + key_at;
-        Floats products = {};
-        for (int part = 0; part < PARTS; part++) products += query[part] * load(key + part * LANES);
-        scores_T[position] = sum_pairwise(products);
-        best = std::max(best, scores_T[position]);
-    }
-    const int64_t padded = (length + LANES - 1) / LANES * LANES;
-    std::fill(scores_T + length, scores_T + padded, -INFINITY);
-    Floats total = {};
-    for (int64_t position = 0; position < padded; position += LANES) {
-        const Floats raised = exponential(load(scores_T + position) - best);
-        total += position + LANES <= length ? raised : Floats{};
-        store(scores_T + position, raised);
-    }
-    float whole = sum(total);
-    for (int64_t position = length / LANES * LANES; position < length; position++) whole += scores_T[position];
-    Floats sums[PARTS] = {};
-    for (int64_t position = 0; position < length; position++) {
-        const Cached *value = layer + slots[position] * slot_width + value_at;
-        for (int part = 0; part < PARTS; part++) sums[part] += scores_T[position] * load(value + part * LANES);
-    }
-    for (int part = 0; part < PARTS; part++) store(attended_F + part * LANES, sums[part] / whole);
-}
-
-template <class Cached>
-void attend_token(const Model &model, const Layer &layer, const Tokens &tokens, int64_t token, const float *query,
-                  float *scores, float *attended) {
-    const int64_t width = model.head_width, slot_width = 2 * model.num_kv_heads * width;
-    const int64_t repeats = model.num_heads / model.num_kv_heads;
-    const int64_t *slots = tokens.slots(token), length = tokens.position(token) + 1;
-    for (int64_t head = 0; head < model.num_heads; head++) {
-        const int64_t key_at = head / repeats * width, value_at = (model.num_kv_heads + head / repeats) * width;
-        const auto attend = [&](auto parts) {
-            attend_head<Cached, decltype(parts)::value>(query + head * width, static_cast<Cached *>(layer.cache),
-                                                        slot_width, key_at, value_at, slots, length, scores,
-                                                        attended + head * width);
-        };
-        switch (width / LANES) {
-        case 1: attend(std::integral_constant<int, 1>{}); break;
-        case 2: attend(std::integral_constant<int, 2>{}); break;
-        case 4: attend(std::integral_constant<int, 4>{}); break;
-        case 5: attend(std::integral_constant<int, 5>{}); break;
-        case 6: attend(std::integral_constant<int, 6>{}); break;
-        default: attend(std::integral_constant<int, 8>{}); break;
-        }
     }
 }
 
@@ -165,7 +56,7 @@ void run(const Model &model, int64_t first, int64_t last, float *hidden, const T
     int64_t longest = 0;
     for (int64_t token = 0; token < count; token++) longest = std::max(longest, tokens.position(token) + 1);
     static thread_local std::vector<float> scratch;
-    scratch.resize(count * (2 * width + qkv_width + query_width + 2 * mlp) + longest + LANES);
+    scratch.resize(count * (2 * width + qkv_width + query_width + 2 * mlp) + num_scores(longest));
     float *normed = scratch.data(), *added = normed + count * width, *qkv = added + count * width;
     float *attended = qkv + count * qkv_width, *gate_up = attended + count * query_width;
     float *scores = gate_up + count * 2 * mlp;

@@ -20,7 +20,10 @@ from config.errors import SettingsError
 
 _SOURCES: Final = tuple(
     Path(__file__).with_name(f"compiled_{name}")
-    for name in ("layers.cpp", "choice.cpp", "drafts.cpp", "model.h", "vectors.h")
+    for name in (
+        *("layers.cpp", "choice.cpp", "drafts.cpp"),
+        *("attention.h", "model.h", "multiply.h", "vectors.h"),
+    )
 )
 _COMPILERS: Final = ("g++", "clang++", "c++")
 _FLAGS: Final = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")

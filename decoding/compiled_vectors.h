@@ -75,16 +75,39 @@ inline float sum(Floats values) {
     return total;
 }
 
-inline float sum_pairwise(Floats values) {
-    using Half = float __attribute__((vector_size(32)));
-    using Quarter = float __attribute__((vector_size(16)));
-    Half halves[2];
-    std::memcpy(halves, &values, sizeof values);
-    const Half eight = halves[0] + halves[1];
-    Quarter quarters[2];
-    std::memcpy(quarters, &eight, sizeof eight);
-    const Quarter four = quarters[0] + quarters[1];
-    return (four[0] + four[2]) + (four[1] + four[3]);
+inline float highest(Floats values) {
+    float best = values[0];
+    for (int lane = 1; lane < LANES; lane++) best = values[lane] > best ? values[lane] : best;
+    return best;
+}
+
+constexpr Words LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Lanes of two vectors, those of the second counted from 16 on.
+inline Floats picked(Floats one, Floats other, Words lanes) {
+#if defined(__clang__)
+    Floats chosen;
+    for (int lane = 0; lane < LANES; lane++) chosen[lane] = lanes[lane] < LANES ? one[lanes[lane]] : other[lanes[lane] - LANES];
+    return chosen;
+#else
+    return __builtin_shuffle(one, other, lanes);
+#endif
+}
+
+// Where `DISTANCE` is not in a lane's number, the sum of two lanes of `one` that are so far apart, else of `other`.
+template <int DISTANCE> inline Floats sum_apart(Floats one, Floats other) {
+    const Words is_other = (LANE & DISTANCE) != 0;
+    const Words low = is_other ? LANES + (LANE ^ DISTANCE) : LANE;
+    const Words high = is_other ? LANES + LANE : LANE ^ DISTANCE;
+    return picked(one, other, low) + picked(one, other, high);
+}
+
+// The sum of each of 16 vectors, in its own lane: halves are added to halves until one is left.
+inline Floats sum_each(Floats *vectors) {
+    for (int index = 0; index < 8; index++) vectors[index] = sum_apart<8>(vectors[index], vectors[index + 8]);
+    for (int index = 0; index < 4; index++) vectors[index] = sum_apart<4>(vectors[index], vectors[index + 4]);
+    for (int index = 0; index < 2; index++) vectors[index] = sum_apart<2>(vectors[index], vectors[index + 2]);
+    return sum_apart<1>(vectors[0], vectors[1]);
 }
 
 // e to the power of x, to about one unit in the last place; what would overflow or vanish is clamped.
