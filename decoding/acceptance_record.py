@@ -16,8 +16,8 @@ import numpy as np
 
 from decoding.step_costs import Floats
 
-_FADING: Final = 0.998
-"""What a count is worth after one more cycle of its kind: some five hundred cycles are remembered."""
+_FADING: Final = 0.995
+"""What a count is worth after one more cycle of its kind: some two hundred cycles are remembered."""
 
 _COUNTED_TOGETHER: Final = 256
 """Rows' cycles that are counted at once: counting takes time of the step."""

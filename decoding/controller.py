@@ -5,9 +5,9 @@ Knows what is promised and when to look again; knows no tokens. No output depend
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -17,15 +17,16 @@ from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, StepOutcome
 from decoding.exploration import Explorer
 from decoding.messages import Drafter
 from decoding.reports import Beliefs
+from decoding.standing import Occasion, Span, Standing, keep
 from decoding.step_costs import StepCosts
 from decoding.telling import beliefs_of
 from decoding.weighing import MARGIN, Batch, Candidate, Weigher, advantages_of
 
 _KEPT_STEPS: Final = 8
-"""A choice is used for so many steps: weighing takes time, and steps of one shape share their preparation."""
-
-_LIKE_ENOUGH: Final = 0.25
-"""It serves a batch whose number of rows has changed by this share at most."""
+_CONFIRMED_STEPS: Final = 32
+"""A choice is used for so many steps, and for twice as many each time it is confirmed: weighing takes time, and
+steps of one shape share their preparation.
+"""
 
 _FIRST_STEPS: Final = 64
 _OBSERVED_STEPS: Final = 17
@@ -39,8 +40,10 @@ _NOT_THIS: Final = 2
 _SEARCH_STEPS: Final = 64
 """How often all exit layers are weighed; in between, the last and its neighbours."""
 
-_SURPRISING: Final = 0.5
-"""Where nothing is drafted, a draft in which so many more tokens a row are kept than expected is soon repeated."""
+_SURPRISING: Final = 1.0
+"""Where nothing is drafted, drafts are soon repeated if so many more were kept than expected, in units of the
+square root of their number: what chance alone seldom gives.
+"""
 
 _GUESSED: Final = 0.95
 """What an exit layer promises that was hardly tried is worth so much of what another does."""
@@ -53,41 +56,6 @@ _LEAST_LOOKED_UP: Final = 0.25
 
 _TRIED_LOOKUPS: Final = 256
 """Where no looked-up draft pays, one in so many steps is verified all the same."""
-
-_KEPT_SETS: Final = 64
-"""Sets of exit layers to choose among for which a choice is kept: requests make up new ones."""
-
-_USUAL: Final = 1.0
-"""The advantage of a row of which nothing is known."""
-
-
-@dataclass(slots=True)
-class _Standing:
-    """A choice in use, and what rows get: those that came since, what an unknown row would."""
-
-    exit_layer: int
-    by_advantage: dict[float, int]
-    by_row: dict[RowRecord, int]
-    num_rows: int
-    steps_left: int
-    surveyed: ExitLayers
-
-    def serves(self, rows: Sequence[DraftingRow], num_rows: int) -> bool:
-        """Whether it still stands: for about as many rows, of which new ones are like some it was made for."""
-        if self.steps_left <= 0 or abs(num_rows - self.num_rows) > _LIKE_ENOUGH * self.num_rows:
-            return False
-        if _USUAL in self.by_advantage:
-            return True
-        num_new = sum(row.record not in self.by_row for row in rows)
-        return num_new <= _LIKE_ENOUGH * self.num_rows
-
-    def length(self, row: DraftingRow) -> int:
-        """How much a row drafts."""
-        wanted = self.by_row.get(row.record)
-        if wanted is None:
-            nearest = min(self.by_advantage, key=lambda advantage: abs(advantage - _USUAL))
-            wanted = self.by_row[row.record] = self.by_advantage[nearest]
-        return min(wanted, row.limit)
 
 
 class Controller:
@@ -108,8 +76,8 @@ class Controller:
         self._explorer = Explorer(self._weigher, record, tuple(exit_layers))
         self._exit_layers = tuple(exit_layers)
         self._max_draft_length = max_draft_length
-        self._standing: dict[ExitLayers, _Standing] = {}
-        self._settled: dict[ExitLayers, _Standing] = {}
+        self._standing: dict[Occasion, Standing] = {}
+        self._settled: dict[Occasion, Standing] = {}
         self._lookups = RowRecord()
         self._num_steps = 0
         self._next_search = 0
@@ -124,10 +92,11 @@ class Controller:
     def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
         """What promises most tokens a second; now and then something else, to learn whether it would."""
         self._num_steps += 1
-        standing = self._standing.get(among)
-        if standing is None or not standing.serves(rows, len(rows) + num_others):
-            standing = self._decide(rows, among, num_others)
-            _keep(self._standing, among, standing)
+        occasion = Occasion.of(among, len(rows) + num_others)
+        standing = self._standing.get(occasion)
+        if standing is None or not standing.serves(rows, self._num_steps):
+            standing = self._decide(rows, occasion, num_others)
+            keep(self._standing, occasion, standing)
         standing.steps_left -= 1
         if not among:
             self.exit_layer = standing.exit_layer
@@ -143,8 +112,9 @@ class Controller:
         rate = min(max(0.5 * self._lookups.ratio, _LEAST_LOOKED_UP), SUREST)
         lengths = np.arange(min(limit, self._max_draft_length) + 1)
         expected = np.cumsum(np.power(rate, lengths))
-        seconds = self._costs.verify_s(1, num_rows, num_rows * (1 + lengths)) + self._costs.host_s(num_rows)
-        best = int((expected / seconds).argmax())
+        seconds = self._costs.verify_s(1, num_rows, num_rows * (1 + lengths))
+        plain_s, drafting_s = (self._costs.host_s(num_rows, drafts=drafts) for drafts in (False, True))
+        best = int((expected / (seconds + np.where(lengths, drafting_s, plain_s))).argmax())
         self._num_lookups += 1
         # Once in a while one draft is tried where none pays, to learn whether it would by now.
         return best or min(limit, int(self._num_lookups % _TRIED_LOOKUPS == 0))
@@ -153,11 +123,13 @@ class Controller:
         """Count cycles for their rows and for all."""
         if drafter is Drafter.EARLY_EXIT:
             expected = self._record.expected(exit_layer)
-            surprise = 0.0
+            surprise, num_reached = 0.0, 0
             for row, drafted, kept in fates:
                 row.record(expected, drafted=drafted, kept=kept)
-                surprise += kept - expected[min(kept + 1, drafted, len(expected) - 1)]
-            if self._is_plain and surprise > _SURPRISING * len(fates):
+                reached = min(kept + 1, drafted, len(expected) - 1)
+                surprise += kept - expected[reached]
+                num_reached += reached
+            if self._is_plain and surprise > _SURPRISING * math.sqrt(num_reached):
                 self._explorer.hurry(self._num_steps)
             self._explorer.saw(sum(drafted for _, drafted, _ in fates))
             self._record.record(exit_layer, [(drafted, kept) for _, drafted, kept in fates])
@@ -183,11 +155,11 @@ class Controller:
             )
             self._host_steps = _NOT_THIS
 
-    def host_took(self, num_rows: int, host_s: float) -> None:
+    def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
         """Keep the costs current, by the step behind one that was learned from: learning took the host time."""
         self._host_steps -= 1
         if self._host_steps == 0:
-            self._costs.observe_host(num_rows, host_s)
+            self._costs.observe_host(num_rows, host_s, drafts=drafts)
 
     def beliefs(self) -> Beliefs:
         """What it expects of the exit layers it has tried, and of the one it chose last."""
@@ -195,24 +167,27 @@ class Controller:
         looked_up = min(max(0.5 * self._lookups.ratio, _LEAST_LOOKED_UP), SUREST)
         return beliefs_of(self._costs, self._record, exit_layers=told, lookup_acceptance=looked_up)
 
-    def _decide(self, rows: Sequence[DraftingRow], among: ExitLayers, num_others: int) -> _Standing:
+    def _decide(self, rows: Sequence[DraftingRow], occasion: Occasion, num_others: int) -> Standing:
         self._record.refresh()
         advantages = advantages_of(row.record for row in rows)
         # Not as far as these rows may draft now: what is chosen serves the ones that come after them, too.
         batch = Batch.of(
             [advantage for _, advantage in advantages], longest=self._max_draft_length, num_others=num_others
         )
-        layers = among or self._layers_to_weigh()
+        layers = occasion.among or self._layers_to_weigh()
         best = max(self._weigher.best_at(layers, batch), key=self._worth)
         plain = self._weigher.plain(best.exit_layer, batch)
         found = best if best.rate > MARGIN * plain.rate else plain
-        chosen = self._unless_like(among, found, plain, batch)
+        settled = self._settled.get(occasion)
+        chosen = self._unless_like(settled, found, plain, batch)
         self._is_plain = not chosen.drafts
-        look = self._explorer.look(self._num_steps, chosen, best, batch, layers=among)
+        look = self._explorer.look(self._num_steps, chosen, best, batch, layers=occasion.among)
         if look is not None:
-            return _standing(look.candidate, batch, advantages, look.num_steps, look.surveyed)
-        standing = _standing(chosen, batch, advantages, _KEPT_STEPS)
-        _keep(self._settled, among, standing)
+            span = Span(look.num_steps, look.surveyed)
+            return Standing.of(look.candidate, batch, advantages, step=self._num_steps, span=span)
+        span = Span(self._num_steps_of(settled, chosen, batch))
+        standing = Standing.of(chosen, batch, advantages, step=self._num_steps, span=span)
+        keep(self._settled, occasion, standing)
         return standing
 
     def _worth(self, candidate: Candidate) -> float:
@@ -221,18 +196,31 @@ class Controller:
         is_known = layer == self._first_exit_layer or self._record.is_tried(layer)
         return candidate.rate * (1.0 if is_known else _GUESSED)
 
-    def _unless_like(self, among: ExitLayers, found: Candidate, plain: Candidate, batch: Batch) -> Candidate:
+    def _unless_like(
+        self, settled: Standing | None, found: Candidate, plain: Candidate, batch: Batch
+    ) -> Candidate:
         """What was found, unless what is in use promises about as much: changing costs time too. But drafts end as
         soon as they promise hardly more than none.
         """
-        settled = self._settled.get(among)
         if settled is None or not set(batch.advantages) <= settled.by_advantage.keys():
             return found
         lengths = tuple(settled.by_advantage[advantage] for advantage in batch.advantages)
         known = self._weigher.rated(settled.exit_layer, lengths, batch)
         if known.drafts and known.rate <= _WORTH_CHANGING * plain.rate:
-            return plain
+            return found
         return found if found.rate > _WORTH_CHANGING * known.rate else known
+
+    def _num_steps_of(self, settled: Standing | None, chosen: Candidate, batch: Batch) -> int:
+        """How long it is used: longer each time that nothing else was found, but not past the next look."""
+        is_confirmed = (
+            settled is not None
+            and settled.exit_layer == chosen.exit_layer
+            and settled.by_advantage == dict(zip(batch.advantages, chosen.lengths, strict=True))
+        )
+        if settled is None or not is_confirmed:
+            return _KEPT_STEPS
+        until_look = self._explorer.next_look - self._num_steps
+        return max(_KEPT_STEPS, min(2 * settled.num_steps, _CONFIRMED_STEPS, until_look))
 
     def _layers_to_weigh(self) -> Sequence[int]:
         """Now and then all exit layers, else those beside the last: weighing takes time of the step."""
@@ -241,23 +229,3 @@ class Controller:
             return self._exit_layers
         place = bisect_left(self._exit_layers, self.exit_layer)
         return self._exit_layers[max(0, place - 1) : place + 2]
-
-
-def _keep(kept: dict[ExitLayers, _Standing], among: ExitLayers, standing: _Standing) -> None:
-    """As the latest of so many."""
-    kept.pop(among, None)
-    kept[among] = standing
-    if len(kept) > _KEPT_SETS:
-        del kept[next(iter(kept))]
-
-
-def _standing(
-    chosen: Candidate,
-    batch: Batch,
-    advantages: Sequence[tuple[RowRecord, float]],
-    steps: int,
-    surveyed: ExitLayers = (),
-) -> _Standing:
-    by_advantage = dict(zip(batch.advantages, chosen.lengths, strict=True))
-    by_row = {record: by_advantage[advantage] for record, advantage in advantages}
-    return _Standing(chosen.exit_layer, by_advantage, by_row, batch.num_rows, steps, surveyed)

@@ -48,7 +48,8 @@ class Explorer:
     """Plans looks: at exit layers of which too little is known, by comparing what they would draft with what is
     chosen; and at drafts where none are made, or at none, since costs change too.
 
-    `pays` tells whether any draft of this checkpoint is worth its cost, as far as is known.
+    `pays` tells whether any draft of this checkpoint is worth its cost, as far as is known; `next_look` is the
+    step of the next one.
     """
 
     def __init__(self, weigher: Weigher, record: AcceptanceRecord, exit_layers: Sequence[int]) -> None:
@@ -56,7 +57,7 @@ class Explorer:
         self._record = record
         self._exit_layers = exit_layers
         self._interval = _SOON_STEPS
-        self._next_look = _SOON_STEPS
+        self.next_look = _SOON_STEPS
         self._is_surveys_turn = False
         self._num_surveyed = 0
         self._num_tokens = 0
@@ -70,7 +71,7 @@ class Explorer:
     def hurry(self, step: int) -> None:
         """Look soon: what was seen was not expected."""
         self._interval = _SOON_STEPS
-        self._next_look = min(self._next_look, step + _SOON_STEPS)
+        self.next_look = min(self.next_look, step + _SOON_STEPS)
 
     def look(
         self, step: int, chosen: Candidate, best: Candidate, batch: Batch, *, layers: ExitLayers
@@ -81,7 +82,7 @@ class Explorer:
         """
         if chosen.drafts:
             self.pays = True
-        if step < self._next_look:
+        if step < self.next_look:
             return None
         self._is_surveys_turn = not self._is_surveys_turn
         plain = self._weigher.plain(chosen.exit_layer, batch)
@@ -91,9 +92,9 @@ class Explorer:
         self._interval = _SOON_STEPS
         learning = min(_SURVEY_STEPS * 2 ** min(self._num_surveyed // _SURVEYED_TOKENS, 8), _SETTLED_STEPS)
         if surveyed and (learning < _SETTLED_STEPS or self._is_surveys_turn):
-            self._next_look = step + learning
+            self.next_look = step + learning
             return self._survey(plain, surveyed, batch)
-        self._next_look = step + _SETTLED_STEPS
+        self.next_look = step + _SETTLED_STEPS
         # What was seen of others long ago says less of them now.
         self._record.fade(but=chosen.exit_layer)
         return Look(plain, _LOOKED_STEPS)
@@ -104,7 +105,7 @@ class Explorer:
         """Soon after drafting was given up, then ever more seldom."""
         self.pays = not self._is_hopeless(batch.longest)
         self._interval = min(2 * self._interval, _SETTLED_STEPS if self.pays else _HOPELESS_STEPS)
-        self._next_look = step + self._interval
+        self.next_look = step + self._interval
         # Are they kept by now, and cost what they did? What was seen long ago says less of that.
         self._record.fade()
         surveyed = () if layers else self._hopeful(plain, batch)

@@ -34,12 +34,14 @@ class LayerBeliefs(msgspec.Struct, frozen=True):
 class Beliefs(msgspec.Struct, frozen=True):
     """What choices rest on: exit layers that were tried or chosen last, and steps by their number of rows.
 
-    `plain_step_ms` gives each row one token without drafts. `host_ms` is what any step takes beside drafting and
-    verifying. `lookup_acceptance` is what a looked-up draft is expected to be kept with, whatever its position.
+    `plain_step_ms` gives each row one token without drafts. `host_ms` is what such a step takes beside it, and
+    `drafting_ms` what drafting takes beside draft steps and verifying. `lookup_acceptance` is what a looked-up
+    draft is expected to be kept with, whatever its position.
     """
 
     exit_layers: list[LayerBeliefs]
     num_rows: list[int]
     plain_step_ms: list[float]
     host_ms: list[float]
+    drafting_ms: list[float]
     lookup_acceptance: float

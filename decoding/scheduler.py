@@ -57,7 +57,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._planned: list[Share] = []
-        self._num_rows = 0
+        self._committed: list[Share] = []
         self._num_submitted = 0
         self._knows_priorities = False
         self._num_preemptions = 0
@@ -116,18 +116,17 @@ class Scheduler:
     def commit(self, result: Result) -> list[Decoded]:
         """Apply the planned step's result; one event for each row that has chosen tokens."""
         events = []
-        self._num_rows = len(self._planned)
         self._speculator.learn(self._planned, result)
         self._pacer.observe([share.num_fed for share in self._planned], result.draft_s + result.verify_s)
         for share, chosen, reported in zip(self._planned, result.chosen, result.reported, strict=True):
             if share.sequence.block_ids:
                 events += self._commit_row(share, chosen, reported or Reported())
-        self._planned = []
+        self._committed, self._planned = self._planned, []
         return events
 
     def host_took(self, host_s: float) -> None:
         """Learn what the step just committed took beside drafting and verifying."""
-        self._speculator.host_took(self._num_rows, host_s)
+        self._speculator.host_took(self._committed, host_s)
 
     def load(self) -> Load:
         """How full the batch, the queue and the pool are."""

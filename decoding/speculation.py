@@ -115,9 +115,10 @@ class Speculator:
             for layer, agreed in zip(self.surveyed, result.agreed, strict=False)
         }
 
-    def host_took(self, num_rows: int, host_s: float) -> None:
+    def host_took(self, shares: Sequence[Share], host_s: float) -> None:
         """Tell the chooser what a step took beside drafting and verifying."""
-        self._chooser.host_took(num_rows, host_s)
+        drafts = any(share.num_drafts for share in shares)
+        self._chooser.host_took(len(shares), host_s, drafts=drafts)
 
     def _wishes(self, drafting: Sequence[Share]) -> Iterator[tuple[int, _Wish]]:
         """What each row would draft by early exit if there were no end of budget and blocks, by sequence id."""

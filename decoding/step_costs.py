@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 
@@ -21,9 +21,11 @@ ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 WIDTHS: Final = (1, 2, 3, 5, 9, 17)
 """Where times are kept; between them they are interpolated."""
 
-_PLACES: Final = np.arange(len(ROWS))
+PLACES: Final = np.arange(len(ROWS))
+"""Where these stand on a scale that doubles from one to the next."""
 
-_LEAST_S: Final = 1e-7
+LEAST_S: Final = 1e-7
+"""No time is less: it may be divided by."""
 _KNOWN: Final = 10
 _PACE: Final = 0.1
 _SHARED_PACE: Final = 0.05
@@ -40,91 +42,76 @@ _MOST_SURPRISING: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class StepTime:
-    """A cycle and its time: every row drafted `draft_length` tokens at `exit_layer`, then all were verified.
+class DraftSeconds:
+    """What drafting takes: its start, and the head and each layer of a draft step."""
 
-    `host_s` is what the step took beside: planning, and committing what it gave.
-    """
-
-    num_rows: int
-    exit_layer: int
-    draft_length: int
-    draft_s: float
-    verify_s: float
-    host_s: float = 0.0
+    start_s_R: Floats
+    head_s_R: Floats
+    layer_s_R: Floats
 
 
 class StepCosts:
     """Expected seconds of draft steps, of verification passes and of the host beside them; `observe` and
     `observe_host` keep them true to what steps take.
 
-    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`. Verifying w tokens of each costs
-    `verify[r, w] − E · saved[r, w]`: in each layer before the exit the pass runs over the last draft alone instead
-    of over all positions.
+    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`, and the first one `start[r]` more.
+    Verifying w tokens of each costs `verify[r, w] − E · saved[r, w]`: in each layer before the exit the pass runs
+    over the last draft alone instead of over all positions. The host takes `host[0, r]` in a step without drafts,
+    `host[1, r]` in one with them.
     """
 
     def __init__(
         self,
-        head_s_R: Floats,
-        layer_s_R: Floats,
+        drafting: DraftSeconds,
         verify_s_RW: Floats,
         saved_s_RW: Floats,
-        host_s_R: Floats | None = None,
+        host_s_2R: Floats | None = None,
         *,
         exit_layer: float = 1.0,
     ) -> None:
-        self._head_s_R = head_s_R
-        self._layer_s_R = layer_s_R
+        self._start_s_R = drafting.start_s_R
+        self._head_s_R = drafting.head_s_R
+        self._layer_s_R = drafting.layer_s_R
         self._verify_s_RW = verify_s_RW
         self._saved_s_RW = saved_s_RW
-        self._host_s_R = np.zeros(len(ROWS)) if host_s_R is None else host_s_R
+        self._host_s_2R = np.zeros((2, len(ROWS))) if host_s_2R is None else host_s_2R
         self._centre_R = np.full(len(ROWS), float(exit_layer))
         self._num_drafted_R = np.zeros(len(ROWS), dtype=np.int64)
         self._num_tilted_R = np.zeros(len(ROWS), dtype=np.int64)
         self._num_verified_RW = np.zeros((len(ROWS), len(WIDTHS)), dtype=np.int64)
 
-    @classmethod
-    def fit(cls, measured: Sequence[StepTime], *, num_layers: int) -> Self:
-        """Costs that agree with what was measured, carried on to shapes that were not.
-
-        All drafts were made at one exit layer. Needs one row drafting 0 tokens and 1 token, the least that any
-        server can do.
-        """
-        (exit_layer,) = {step.exit_layer for step in measured if step.draft_length}
-        table_RW = _carried_on(_verify_table(measured))
-        head_s_R, layer_s_R = _draft_steps(measured, exit_layer, table_RW[:, 0], num_layers)
-        saved_s_RW = _saved(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
-        whole_s_RW = table_RW + exit_layer * saved_s_RW
-        return cls(
-            head_s_R, layer_s_R, whole_s_RW, saved_s_RW, _host_s(measured), exit_layer=float(exit_layer)
-        )
-
     def draft_s(self, exit_layers: Counts | int, num_rows: Counts) -> Floats:
         """Seconds of one draft step of each of these numbers of rows at these exit layers; 0 for no rows."""
-        places = _place(num_rows)
-        head_s, layer_s = (np.interp(places, _PLACES, each_R) for each_R in (self._head_s_R, self._layer_s_R))
+        places = place_of_each(num_rows)
+        head_s, layer_s = (np.interp(places, PLACES, each_R) for each_R in (self._head_s_R, self._layer_s_R))
         step_s: Floats = (head_s + exit_layers * layer_s) * (num_rows > 0)
         return step_s
+
+    def start_s(self, num_rows: int) -> float:
+        """Seconds of drafting beside its draft steps, in a step of so many rows."""
+        return float(_between(self._start_s_R, num_rows))
 
     def verify_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
         """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at these exit layers."""
         widths = num_tokens / num_rows
         whole_s: Floats = np.interp(widths, WIDTHS, _between(self._verify_s_RW, num_rows))
-        return whole_s - exit_layers * np.interp(widths, WIDTHS, _between(self._saved_s_RW, num_rows))
+        saved_s = exit_layers * np.interp(widths, WIDTHS, _between(self._saved_s_RW, num_rows))
+        left_s: Floats = np.maximum(whole_s - saved_s, LEAST_S)
+        return left_s
 
     def plain_s(self, num_rows: int) -> float:
         """Seconds of a step that gives each row one token without drafts."""
         return float(self.verify_s(1, num_rows, np.array(num_rows)))
 
-    def host_s(self, num_rows: int) -> float:
-        """Seconds of a step beside drafting and verifying."""
-        return float(_between(self._host_s_R, num_rows))
+    def host_s(self, num_rows: int, *, drafts: bool) -> float:
+        """Seconds of a step beside drafting and verifying, with drafts or without."""
+        return float(_between(self._host_s_2R[int(drafts)], num_rows))
 
-    def observe_host(self, num_rows: int, host_s: float) -> None:
+    def observe_host(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
         """Learn from any step; one that was held up counts little."""
-        nearest = round(_place_of(num_rows))
-        known_s = self._host_s_R[nearest]
-        self._host_s_R[nearest] += _PACE * (min(host_s, _MOST_SURPRISING * known_s + _LEAST_S) - known_s)
+        place = int(drafts), round(_place_of(num_rows))
+        known_s = self._host_s_2R[place]
+        self._host_s_2R[place] += _PACE * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
 
     def observe(
         self, exit_layer: int, draft_lengths: Sequence[int], *, draft_s: float, verify_s: float
@@ -135,18 +122,36 @@ class StepCosts:
         drafting = np.array(
             [int((lengths > ahead).sum()) for ahead in range(int(lengths.max()))], dtype=np.int64
         )
+        row = round(_place_of(num_rows))
+        centre = float(self._centre_R[row])
         if len(drafting):
-            surprise = draft_s / float(self.draft_s(exit_layer, drafting).sum())
-            nearest = round(float(_place(drafting[:1])[0]))
+            expected_s = self.start_s(num_rows) + float(self.draft_s(exit_layer, drafting).sum())
+            surprise = draft_s / expected_s
+            nearest = round(float(place_of_each(drafting[:1])[0]))
+            self._believe_start(surprise, len(drafting), row=row)
             self._believe_drafts(surprise, exit_layer, nearest)
         num_tokens = np.array(num_rows + int(lengths.sum()))
         if num_tokens > WIDTHS[-1] * num_rows:
             # Wider than any time that is kept: the widest would be taken to cost so much.
             return
         surprise = verify_s / float(self.verify_s(exit_layer, num_rows, num_tokens))
-        row = round(_place_of(num_rows))
         width = int(np.abs(np.array(WIDTHS) - num_tokens / num_rows).argmin())
-        _believe(surprise, (self._verify_s_RW, self._saved_s_RW), (row, width), self._num_verified_RW)
+        if width and abs(exit_layer - centre) > _NEAR:
+            self._tilt_saved(surprise, exit_layer, centre, (row, width))
+        else:
+            _believe(surprise, (self._verify_s_RW, self._saved_s_RW), (row, width), self._num_verified_RW)
+
+    def _tilt_saved(self, surprise: float, exit_layer: int, centre: float, cell: tuple[int, int]) -> None:
+        """What passes take whose drafts left far from the usual says what a layer saves them."""
+        at_centre_s = self._verify_s_RW[cell] - centre * self._saved_s_RW[cell]
+        there_s = self._verify_s_RW[cell] - exit_layer * self._saved_s_RW[cell]
+        there_s *= _bounded(surprise) ** _PACE
+        self._saved_s_RW[cell] = max((at_centre_s - there_s) / (exit_layer - centre), 0.0)
+        self._verify_s_RW[cell] = at_centre_s + centre * self._saved_s_RW[cell]
+
+    def _believe_start(self, surprise: float, num_steps: int, *, row: int) -> None:
+        """One draft says as much of the start as of a draft step, many say little."""
+        self._start_s_R[row] *= _bounded(surprise) ** (_PACE / num_steps)
 
     def _believe_drafts(self, surprise: float, exit_layer: int, row: int) -> None:
         """Near the exit layers that are mostly used the whole line moves; far from them it tilts about those."""
@@ -159,8 +164,8 @@ class StepCosts:
         there_s *= _bounded(surprise) ** max(_PACE, 1 / (1 + self._num_tilted_R[row]))
         at_centre_s = self._head_s_R[row] + centre * self._layer_s_R[row]
         tilted_s = (there_s - at_centre_s) / (exit_layer - centre)
-        self._layer_s_R[row] = min(max(tilted_s, _LEAST_S), at_centre_s / centre)
-        self._head_s_R[row] = max(at_centre_s - centre * self._layer_s_R[row], _LEAST_S)
+        self._layer_s_R[row] = min(max(tilted_s, LEAST_S), at_centre_s / centre)
+        self._head_s_R[row] = max(at_centre_s - centre * self._layer_s_R[row], LEAST_S)
         self._num_tilted_R[row] += 1
 
 
@@ -181,7 +186,7 @@ def _believe(
     num_seen[cell] += 1
 
 
-def _place(num_rows: Counts) -> Floats:
+def place_of_each(num_rows: Counts) -> Floats:
     """Where numbers of rows stand on the scale of ROWS, which doubles from one to the next."""
     return np.minimum(np.log2(np.maximum(num_rows, 1)), len(ROWS) - 1)
 
@@ -197,68 +202,3 @@ def _between(table_R: Floats, num_rows: int) -> Floats:
     low = min(int(place), len(ROWS) - 2)
     between: Floats = table_R[low] + (place - low) * (table_R[low + 1] - table_R[low])
     return between
-
-
-def _verify_table(measured: Sequence[StepTime]) -> Floats:
-    """The fastest time of each shape, not a number where there is none."""
-    table_RW = np.full((len(ROWS), len(WIDTHS)), np.nan)
-    for step in measured:
-        cell = ROWS.index(step.num_rows), WIDTHS.index(1 + step.draft_length)
-        table_RW[cell] = np.fmin(table_RW[cell], max(step.verify_s, _LEAST_S))
-    return table_RW
-
-
-def _carried_on(table_RW: Floats) -> Floats:
-    """Fill gaps from what was measured with as many tokens in all; beyond the most, tokens cost in proportion."""
-    tokens_RW = np.outer(ROWS, WIDTHS)
-    is_known_RW = ~np.isnan(table_RW)
-    order_M = np.argsort(tokens_RW[is_known_RW], kind="stable")
-    tokens_M, seconds_M = tokens_RW[is_known_RW][order_M], _never_falling(table_RW[is_known_RW][order_M])
-    filled_RW = np.interp(tokens_RW, tokens_M, seconds_M) * np.maximum(tokens_RW / tokens_M[-1], 1.0)
-    whole_RW = np.where(is_known_RW, table_RW, filled_RW)
-    return _never_falling(_never_falling(whole_RW).T).T
-
-
-def _never_falling(seconds_N: Floats) -> Floats:
-    """No more than what comes later along the last axis: a step that was held up should not look dearer."""
-    cleaned_N: Floats = np.minimum.accumulate(seconds_N[..., ::-1], axis=-1)[..., ::-1]
-    return cleaned_N
-
-
-def _host_s(measured: Sequence[StepTime]) -> Floats:
-    """Host seconds by rows, whatever was drafted; between and beyond, as measured nearest."""
-    fastest = {
-        rows: min(step.host_s for step in measured if step.num_rows == rows)
-        for rows in sorted({step.num_rows for step in measured})
-    }
-    known_s = np.interp(np.log2(ROWS), np.log2(list(fastest)), list(fastest.values()))
-    return np.asarray(known_s, dtype=np.float64)
-
-
-def _draft_steps(
-    measured: Sequence[StepTime], exit_layer: int, plain_s_R: Floats, num_layers: int
-) -> tuple[Floats, Floats]:
-    """Head and layer seconds of draft steps. A plain step is a draft step that leaves after the last layer."""
-    step_s_R = np.full(len(ROWS), np.inf)
-    for step in measured:
-        if step.draft_length == 1:
-            row = ROWS.index(step.num_rows)
-            step_s_R[row] = min(step_s_R[row], step.draft_s)
-    is_known_R = np.isfinite(step_s_R)
-    share_R = np.interp(_PLACES, np.flatnonzero(is_known_R), (step_s_R / plain_s_R)[is_known_R])
-    step_s_R = np.minimum(share_R, 1.0) * plain_s_R
-    layer_s_R = np.minimum((plain_s_R - step_s_R) / (num_layers - exit_layer), step_s_R / exit_layer)
-    layer_s_R = np.maximum(layer_s_R, _LEAST_S)
-    return np.maximum(step_s_R - exit_layer * layer_s_R, _LEAST_S), layer_s_R
-
-
-def _saved(
-    table_RW: Floats, head_s_R: Floats, layer_s_R: Floats, measured_at: int, num_layers: int
-) -> Floats:
-    """What each layer before the exit saves a pass: all positions but one. Plain steps save nothing."""
-    head_s_RW = np.interp(_place(np.outer(ROWS, WIDTHS)), _PLACES, head_s_R)
-    alone_s_RW = layer_s_R[:, None]
-    late_s_RW = (table_RW - measured_at * alone_s_RW - head_s_RW) / (num_layers - measured_at)
-    saved_s_RW: Floats = np.maximum(late_s_RW - alone_s_RW, 0.0)
-    saved_s_RW[:, 0] = 0.0
-    return saved_s_RW

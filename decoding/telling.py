@@ -55,9 +55,16 @@ def beliefs_of(
         ],
         num_rows=list(_ROWS),
         plain_step_ms=_in_ms([costs.plain_s(num_rows) for num_rows in _ROWS]),
-        host_ms=_in_ms([costs.host_s(num_rows) for num_rows in _ROWS]),
+        host_ms=_in_ms([costs.host_s(num_rows, drafts=False) for num_rows in _ROWS]),
+        drafting_ms=_in_ms([_drafting_s(costs, num_rows) for num_rows in _ROWS]),
         lookup_acceptance=round(lookup_acceptance, 3),
     )
+
+
+def _drafting_s(costs: StepCosts, num_rows: int) -> float:
+    """What drafting takes beside its draft steps, on the device and on the host."""
+    more_s = costs.host_s(num_rows, drafts=True) - costs.host_s(num_rows, drafts=False)
+    return costs.start_s(num_rows) + more_s
 
 
 def _shares(rates_K: Floats) -> list[float]:

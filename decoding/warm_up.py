@@ -15,9 +15,10 @@ from decoding.capacity import Capacity
 from decoding.choice import DraftChooser, FixedChoice
 from decoding.controller import Controller
 from decoding.exits import Speculation
+from decoding.measured_costs import StepTime, fitted_costs
 from decoding.messages import Generate, SamplingParams
 from decoding.scheduler import Scheduler
-from decoding.step_costs import WIDTHS, StepCosts, StepTime
+from decoding.step_costs import WIDTHS
 from decoding.stepping import Runner
 
 _REPEATS: Final = 3
@@ -27,13 +28,21 @@ _IN_ORDER: Final = (
     (16, (0, 1, 4)),
     (2, (0, 1, 4)),
     (8, (0, 1, 4)),
+    (1, (0, 1, 2, 4)),
+    (4, (0, 1, 2, 4)),
     (64, (0, 1)),
     (32, (0, 1, 4)),
     (1, (16,)),
-    (4, (2, 8, 16)),
+    (4, (8, 16)),
     (128, (0, 1)),
 )
-"""Rows and draft lengths, what tells most first: time may run out."""
+"""Rows and draft lengths, what tells most first: time may run out. What is met most is measured twice, since much
+else may have been going on the first time.
+"""
+
+_DEEP_ROWS: Final = (1, 4, 16)
+_DEEP_LENGTHS: Final = (1, 4)
+"""What is measured with drafts that leave at the deepest exit layer, too: it tells what depth costs."""
 
 _CONTEXT_TOKENS: Final = 80
 _OWN_TOKENS: Final = 4
@@ -46,7 +55,7 @@ _MOST_STEPS: Final = 16
 _PROMPT_STEPS: Final = _MOST_STEPS - _REPEATS - 1
 """Steps after which every prompt is computed, so that no row ends before the last has begun to decode."""
 
-_BUDGET_S: Final = 1.0
+_BUDGET_S: Final = 1.5
 _RECORDED_BUDGET_S: Final = 15.0
 """What is not measured by then is guessed from what is, and learned from the first requests. Where steps are
 recorded, most of that time goes there, and would have to be spent later.
@@ -101,7 +110,7 @@ class Warmup:
             return FixedChoice(exit_layer=chosen.first_exit_layer, draft_length=chosen.first_draft_length)
         longest = min(self.settings.max_draft_length, WIDTHS[-1] - 1)
         return Controller(
-            StepCosts.fit(measured, num_layers=self.num_layers),
+            fitted_costs(measured, num_layers=self.num_layers),
             AcceptanceRecord(
                 num_layers=self.num_layers,
                 max_draft_length=longest,
@@ -119,8 +128,10 @@ class Warmup:
         """Times of growing shapes until the budget is spent, but not before one row has drafted."""
         started = clock()
         budget_s = _RECORDED_BUDGET_S if self.capacity.num_padded else _BUDGET_S
+        shapes = list(self._shapes())
         has_drafted = False
-        for shape in self._shapes():
+        # Where none fits that drafts, there is nothing to choose and nothing to be sure of.
+        for shape in shapes if any(shape.draft_length for shape in shapes) else shapes[:1]:
             if has_drafted and clock() - started > budget_s:
                 return
             yield _measure(cycle, make_scheduler, shape, clock)
@@ -134,8 +145,13 @@ class Warmup:
         shared = -(-_CONTEXT_TOKENS // size) * size if size <= _LARGEST_SHARED else 0
         if shared + _OWN_TOKENS + 2 * _MOST_STEPS > self.capacity.max_model_len:
             shared = 0
+        deepest = self.speculation.allowed_exit_layers[-1]
         for num_rows, lengths in _IN_ORDER:
             shapes = [Shape(num_rows, near, length, shared) for length in lengths if length <= longest]
+            if deepest > near and num_rows in _DEEP_ROWS:
+                shapes += [
+                    Shape(num_rows, deepest, length, shared) for length in _DEEP_LENGTHS if length <= longest
+                ]
             yield from filter(self._fits, shapes)
 
     def _fits(self, shape: Shape) -> bool:

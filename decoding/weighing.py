@@ -98,7 +98,9 @@ class Weigher:
         num_tokens_LM = batch.num_rows + rows_LM.cumsum(axis=1)
         in_order_LM = np.take_along_axis(kept_LM, order_LM, axis=1)
         expected_LM = batch.num_rows + (rows_LM * in_order_LM).cumsum(axis=1)
-        rates_LM = expected_LM / (draft_s_LM + self._other_s(layers_L1, batch.num_rows, num_tokens_LM))
+        start_s = self._costs.start_s(batch.num_rows)
+        other_s_LM = self._other_s(layers_L1, batch.num_rows, num_tokens_LM)
+        rates_LM = expected_LM / (start_s + draft_s_LM + other_s_LM)
         num_kinds = len(batch.advantages)
         return [
             Candidate(
@@ -113,7 +115,7 @@ class Weigher:
 
     def plain(self, exit_layer: int, batch: Batch) -> Candidate:
         """No drafts."""
-        seconds = self._costs.plain_s(batch.num_rows) + self._costs.host_s(batch.num_rows)
+        seconds = self._costs.plain_s(batch.num_rows) + self._costs.host_s(batch.num_rows, drafts=False)
         return Candidate(exit_layer, (0,) * len(batch.advantages), batch.num_rows / seconds)
 
     def rated(self, exit_layer: int, lengths: tuple[int, ...], batch: Batch) -> Candidate:
@@ -121,15 +123,20 @@ class Weigher:
         (kept_CK,) = batch.kept_probabilities(self._record.curves([exit_layer]))
         is_made_CK = np.arange(batch.longest) < np.array(lengths)[:, None]
         made_CK = is_made_CK * batch.counts_C[:, None]
+        if not any(lengths):
+            return self.plain(exit_layer, batch)
         drafting_K = made_CK.sum(axis=0)
-        seconds = self._costs.draft_s(exit_layer, drafting_K).sum() + self._other_s(
-            exit_layer, batch.num_rows, np.array(batch.num_rows + drafting_K.sum())
+        seconds = (
+            self._costs.start_s(batch.num_rows)
+            + self._costs.draft_s(exit_layer, drafting_K).sum()
+            + self._other_s(exit_layer, batch.num_rows, np.array(batch.num_rows + drafting_K.sum()))
         )
         return Candidate(exit_layer, lengths, float((batch.num_rows + (made_CK * kept_CK).sum()) / seconds))
 
     def _other_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
-        """Seconds of steps beside drafting, with so many tokens to verify."""
-        return self._costs.verify_s(exit_layers, num_rows, num_tokens) + self._costs.host_s(num_rows)
+        """Seconds of steps with drafts beside drafting, with so many tokens to verify."""
+        host_s = self._costs.host_s(num_rows, drafts=True)
+        return self._costs.verify_s(exit_layers, num_rows, num_tokens) + host_s
 
 
 def advantages_of(records: Iterable[RowRecord]) -> list[tuple[RowRecord, float]]:

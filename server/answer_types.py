@@ -194,7 +194,8 @@ class LastChoice(TypedDict):
 class ControllerState(TypedDict):
     """What choices rest on now: exit layers that were tried, and times of steps, for every entry of `num_rows`.
 
-    A plain step gives each row a token without drafts; the host's time is what any step takes beside the model's.
+    A plain step gives each row a token without drafts, and the host's time is what it takes beside the model's;
+    drafting takes `drafting_ms` beside draft steps and verifying.
     `last_choice` is null before the first.
     """
 
@@ -203,6 +204,7 @@ class ControllerState(TypedDict):
     num_rows: list[int]
     plain_step_ms: list[float]
     host_ms: list[float]
+    drafting_ms: list[float]
     lookup_acceptance: float
 
 

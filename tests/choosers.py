@@ -13,7 +13,8 @@ import numpy as np
 from decoding.acceptance_record import AcceptanceRecord
 from decoding.choice import Choice, DraftingRow, ExitLayers, FixedChoice, StepOutcome
 from decoding.controller import Controller
-from decoding.step_costs import ROWS, StepCosts, StepTime
+from decoding.measured_costs import StepTime, fitted_costs
+from decoding.step_costs import ROWS
 
 NUM_LAYERS, LONGEST = 5, 8
 """Layers of the model that mixes run on, and the most drafts that are chosen."""
@@ -63,7 +64,7 @@ class RestlessController(Controller):
             first_acceptance=float(self._rng.uniform(0.5, 0.95)),
         )
         super().__init__(
-            StepCosts.fit(self._measured(first), num_layers=NUM_LAYERS),
+            fitted_costs(self._measured(first), num_layers=NUM_LAYERS),
             record,
             exit_layers=range(1, NUM_LAYERS),
             first_exit_layer=first,
@@ -80,8 +81,8 @@ class RestlessController(Controller):
     def took(self, outcome: StepOutcome) -> None:
         super().took(replace(outcome, draft_s=self._seconds(), verify_s=self._seconds()))
 
-    def host_took(self, num_rows: int, host_s: float) -> None:
-        super().host_took(num_rows, self._seconds())
+    def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
+        super().host_took(num_rows, self._seconds(), drafts=drafts)
 
     def _measured(self, exit_layer: int) -> list[StepTime]:
         return [

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from decoding.step_costs import ROWS, WIDTHS, StepCosts
+from decoding.step_costs import ROWS, WIDTHS, DraftSeconds, StepCosts
 
 NUM_LAYERS = 16
 Seconds = Callable[[int, int, int], float]
@@ -52,7 +52,8 @@ def costs(seconds: Seconds) -> StepCosts:
     # Each layer more saves as much.
     saved_s_RW = verify_s_LRW[0] - verify_s_LRW[1]
     assert np.allclose(np.diff(verify_s_LRW, axis=0), -saved_s_RW)
-    return StepCosts(head, layer, verify_s_LRW[0] + saved_s_RW, saved_s_RW, exit_layer=4.0)
+    drafting = DraftSeconds(np.zeros(len(ROWS)), head, layer)
+    return StepCosts(drafting, verify_s_LRW[0] + saved_s_RW, saved_s_RW, exit_layer=4.0)
 
 
 def verify_s(seconds: Seconds, exit_layer: int, rows: int, width: int) -> float:

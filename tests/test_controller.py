@@ -126,7 +126,8 @@ def test_what_the_host_takes_makes_drafting_pay() -> None:
         step_costs = costs(dear_tokens)
         for _ in range(200):
             # A step that took much longer than expected is believed bit by bit.
-            step_costs.observe_host(1, host_s)
+            for drafting in (False, True):
+                step_costs.observe_host(1, host_s, drafts=drafting)
         chosen = controller(step_costs, record(lambda layer: 0.7)).choose(rows(1))
         assert any(chosen.draft_lengths) is drafts
 
@@ -183,9 +184,9 @@ def test_acceptance_that_changes_changes_the_choice_and_back() -> None:
 
 
 def share_drafting(
-    under_test: Controller, *, kept_rate: float, num_steps: int = 9000, num_rows: int = 1
+    under_test: Controller, *, kept_rate: float, num_steps: int = 9000, num_rows: int = 1, latest: int = 1000
 ) -> float:
-    """Share of the last thousand steps that drafted, each draft kept at this rate whoever made it."""
+    """Share of the latest steps that drafted, each draft kept at this rate whoever made it."""
     rng = np.random.default_rng(1)
     drafting = []
     for _ in range(num_steps):
@@ -202,7 +203,7 @@ def share_drafting(
             under_test.surveyed(
                 {layer: [bool(rng.random() < kept_rate) for _ in batch] for layer in chosen.surveyed}
             )
-    return float(np.mean(drafting[-1000:]))
+    return float(np.mean(drafting[-latest:]))
 
 
 def test_drafting_ends_before_it_is_slower_than_none() -> None:
@@ -226,7 +227,8 @@ def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain(num_row
     )
     under_test = controller(costs(linear_with_gain), known)
     assert under_test.pays
-    assert share_drafting(under_test, kept_rate=0.02, num_rows=num_rows) < 0.02
+    # A draft that is kept by chance is soon followed by others: not all of these steps are so unlucky.
+    assert share_drafting(under_test, kept_rate=0.02, num_rows=num_rows, latest=5000) < 0.01
     assert not under_test.pays
 
 

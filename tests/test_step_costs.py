@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from decoding.step_costs import ROWS, WIDTHS, StepCosts, StepTime
+from decoding.measured_costs import StepTime, fitted_costs
+from decoding.step_costs import ROWS, WIDTHS
 from tests.machines import NUM_LAYERS, Seconds, costs, dear_steps, flat, linear, verify_s
 
 
@@ -71,7 +72,7 @@ def test_fitted_costs_agree_with_what_was_measured(seconds: Seconds) -> None:
         for num_rows in ROWS[:6]
         for layer, length in [(4, 0), (4, 1), (4, 2), (4, 4)]
     ]
-    fitted = StepCosts.fit(measured, num_layers=NUM_LAYERS)
+    fitted = fitted_costs(measured, num_layers=NUM_LAYERS)
     for step in measured:
         got = fitted.verify_s(
             step.exit_layer, step.num_rows, np.array(step.num_rows * (1 + step.draft_length))
@@ -84,7 +85,7 @@ def test_fitted_costs_agree_with_what_was_measured(seconds: Seconds) -> None:
 
 
 def test_one_measured_row_is_enough_to_begin_with() -> None:
-    fitted = StepCosts.fit([StepTime(1, 3, 0, 0.0, 2.0), StepTime(1, 3, 1, 0.5, 2.2)], num_layers=NUM_LAYERS)
+    fitted = fitted_costs([StepTime(1, 3, 0, 0.0, 2.0), StepTime(1, 3, 1, 0.5, 2.2)], num_layers=NUM_LAYERS)
     assert fitted.plain_s(1) == pytest.approx(2.0)
     assert fitted.plain_s(8) == pytest.approx(4 * 2.2)
     assert float(fitted.verify_s(3, 1, np.array(2))) == pytest.approx(2.2)

@@ -61,7 +61,7 @@ def test_a_budget_hardly_above_the_rows_can_be_measured(engine: Engine, rows: in
 
 
 def test_a_usual_budget_is_measured_up_to_all_of_its_rows(engine: Engine) -> None:
-    assert warmed_up(engine, max_num_seqs=64, max_num_batched_tokens=512)[1] == 26
+    assert warmed_up(engine, max_num_seqs=64, max_num_batched_tokens=512)[1] == 33
 
 
 def test_nothing_is_measured_where_nothing_can_be_drafted(engine: Engine) -> None:

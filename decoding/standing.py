@@ -1,0 +1,102 @@
+"""Choices in use: for which batches, for how long, and what each row gets of them.
+
+Knows rows and what was chosen; knows nothing of what is promised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Self
+
+from decoding.acceptance_record import RowRecord
+from decoding.choice import DraftingRow, ExitLayers
+from decoding.weighing import Batch, Candidate
+
+_LONGEST_KEPT_STEPS: Final = 256
+"""Where other choices are used in between, it is forgotten after so many steps in all."""
+
+_LIKE_ENOUGH: Final = 0.25
+"""It serves batches whose numbers of rows differ by this share at most."""
+
+_KEPT_CHOICES: Final = 64
+"""Choices that are kept at a time: requests make up ever new sets of exit layers to choose among."""
+
+_USUAL: Final = 1.0
+"""The advantage of a row of which nothing is known."""
+
+
+class Occasion(NamedTuple):
+    """What a choice is made for: the exit layers that may be chosen, and about how many rows."""
+
+    among: ExitLayers
+    size: int
+
+    @classmethod
+    def of(cls, among: ExitLayers, num_rows: int) -> Self:
+        """As rows come and go their number changes often, and what was chosen for it before still holds."""
+        return cls(among, round(math.log(num_rows) / math.log1p(_LIKE_ENOUGH)))
+
+
+class Span(NamedTuple):
+    """For how many steps something is chosen, and which exit layers are surveyed meanwhile."""
+
+    num_steps: int
+    surveyed: ExitLayers = ()
+
+
+@dataclass(slots=True)
+class Standing:
+    """A choice in use, until a step, and what rows get: those that came since, what an unknown row would."""
+
+    exit_layer: int
+    by_advantage: dict[float, int]
+    by_row: dict[RowRecord, int]
+    num_steps: int
+    steps_left: int
+    last_step: int
+    surveyed: ExitLayers
+
+    def serves(self, rows: Sequence[DraftingRow], step: int) -> bool:
+        """Whether it still stands: rows that are new are like some it was made for."""
+        if self.steps_left <= 0 or step > self.last_step:
+            return False
+        if _USUAL in self.by_advantage:
+            return True
+        num_new = sum(row.record not in self.by_row for row in rows)
+        return num_new <= _LIKE_ENOUGH * len(rows)
+
+    def length(self, row: DraftingRow) -> int:
+        """How much a row drafts."""
+        wanted = self.by_row.get(row.record)
+        if wanted is None:
+            nearest = min(self.by_advantage, key=lambda advantage: abs(advantage - _USUAL))
+            wanted = self.by_row[row.record] = self.by_advantage[nearest]
+        return min(wanted, row.limit)
+
+    @classmethod
+    def of(
+        cls,
+        chosen: Candidate,
+        batch: Batch,
+        advantages: Sequence[tuple[RowRecord, float]],
+        *,
+        step: int,
+        span: Span,
+    ) -> Self:
+        """What was chosen at this step for these rows, each with its advantage."""
+        by_advantage = dict(zip(batch.advantages, chosen.lengths, strict=True))
+        by_row = {record: by_advantage[advantage] for record, advantage in advantages}
+        last_step = step + _LONGEST_KEPT_STEPS
+        return cls(
+            chosen.exit_layer, by_advantage, by_row, span.num_steps, span.num_steps, last_step, span.surveyed
+        )
+
+
+def keep(kept: dict[Occasion, Standing], occasion: Occasion, standing: Standing) -> None:
+    """As the latest of so many."""
+    kept.pop(occasion, None)
+    kept[occasion] = standing
+    if len(kept) > _KEPT_CHOICES:
+        del kept[next(iter(kept))]
