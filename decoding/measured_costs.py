@@ -25,7 +25,8 @@ from decoding.step_costs import (
 )
 
 _LEAST_PART: Final = 0.25
-"""Of one draft's time, a draft step takes so much at least, and its start the rest."""
+_MOST_PART: Final = 0.95
+"""Of one draft's time, a draft step takes so much at least and at most, and its start the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,7 @@ def _draft_steps(measured: Sequence[StepTime], plain_s_R: Floats) -> tuple[Float
     once_s_R = np.minimum(_in_proportion(once_s_R / plain_s_R), 1.0) * plain_s_R
     if np.isnan(steps_s_R).all():
         return np.zeros(len(ROWS)), once_s_R
-    step_s_R = np.clip(_in_proportion(steps_s_R / once_s_R), _LEAST_PART, 1.0) * once_s_R
+    step_s_R = np.clip(_in_proportion(steps_s_R / once_s_R), _LEAST_PART, _MOST_PART) * once_s_R
     return once_s_R - step_s_R, step_s_R
 
 

@@ -86,6 +86,22 @@ def test_layers_and_head_equal_the_others(tmp_path: Path, stored: torch.dtype, h
                 assert _error(logits[1], logits[0]) < 1e-5
 
 
+@needs_compiler
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (4, 4), (5, 1), (14, 2)])
+def test_heads_that_share_keys_attend_as_each_alone(tmp_path: Path, heads: int, kv_heads: int) -> None:
+    """More of them than are taken at once, or fewer; contexts end within a vector of positions or at its end."""
+    hidden = 16 * heads * (5 if heads == 1 else 1)
+    folder = make_checkpoint(tmp_path, heads=heads, kv_heads=kv_heads, head_dim=16, hidden=hidden, mlp=336)
+    plain, fast = engine(folder, dtype="float64"), engine(folder, compile_layers=True)
+    ids, last = torch.arange(60) % 50, plain.runtime.model.num_layers
+    with torch.inference_mode():
+        for counts, starts in (([15, 16, 17], [0, 0, 0]), ([1, 7, 3], [15, 16, 17]), ([2, 1], [22, 17])):
+            expected, found = (
+                hidden_after(each, last, counts, starts, ids[: sum(counts)]) for each in (plain, fast)
+            )
+            assert _error(found, expected) < 1e-5
+
+
 def _error(found: Tensor, expected: Tensor) -> float:
     """Largest difference, as a share of the largest number."""
     return float((found - expected).abs().max() / expected.abs().max())
@@ -105,7 +121,7 @@ def test_a_token_is_the_same_to_the_bit_whatever_is_beside_it(tmp_path: Path) ->
     last = loaded.runtime.model.num_layers
     with torch.inference_mode():
         alone = hidden_after(loaded, last, [1], [0], torch.tensor([7]))
-        for others in (1, 4, 5, 6, 13):
+        for others in (1, 2, 3, 4, 5, 6, 13):
             ids = torch.cat((torch.tensor([7]), torch.arange(others)))
             together = hidden_after(loaded, last, [1] * (1 + others), [0] * (1 + others), ids)
             assert torch.equal(together[:1], alone)

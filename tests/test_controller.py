@@ -143,6 +143,44 @@ def test_a_choice_stands_until_another_promises_clearly_more() -> None:
     assert under_test.choose([*batch[:3], *rows(1)]).draft_lengths == first.draft_lengths
 
 
+def test_drafts_that_pay_no_more_give_way_to_others_that_do_and_not_to_none() -> None:
+    step_costs, known = costs(linear_with_gain), record(lambda layer: 0.5)
+    under_test, row = controller(step_costs, known), rows(1)
+    (before,) = under_test.choose(row, among=(4,)).draft_lengths
+    assert 1 <= before <= 2
+    for _ in range(300):
+        # Short drafts are not worth what the host takes for them, long ones are.
+        step_costs.observe_host(1, 30.0, drafts=True)
+    known.record(4, [(LONGEST, LONGEST)] * 2000)
+    # As long as the first choice stands, and then the next.
+    chosen = [under_test.choose(row, among=(4,)).draft_lengths for _ in range(12)]
+    assert chosen[-1] > (before,)
+    assert (0,) not in chosen
+
+
+class CountedRecord(AcceptanceRecord):
+    """Tells how often something was weighed."""
+
+    num_weighed = 0
+
+    def refresh(self) -> None:
+        self.num_weighed += 1
+        super().refresh()
+
+
+def test_choices_for_numbers_of_rows_that_come_again_are_not_made_again() -> None:
+    known = CountedRecord(
+        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
+    )
+    under_test = controller(costs(linear_with_gain), known)
+    chosen = {count: set() for count in (1, 2, 5)}
+    for step in range(200):
+        count = (1, 2, 5)[step % 3]
+        chosen[count].add(under_test.choose(rows(count), among=(4,)).draft_lengths)
+    assert known.num_weighed < 200 / 9
+    assert len(chosen[1]) <= 2
+
+
 def test_an_exit_layer_that_was_never_tried_must_promise_more() -> None:
     """Deep exits are guessed to be kept nearly always: a guess that is worth less than what was seen."""
     known = AcceptanceRecord(

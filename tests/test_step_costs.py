@@ -79,7 +79,9 @@ def test_fitted_costs_agree_with_what_was_measured(seconds: Seconds) -> None:
         )
         assert float(got) == pytest.approx(step.verify_s, rel=0.15)
         if step.draft_length == 1:
-            one = fitted.draft_s(step.exit_layer, np.array([step.num_rows]))[0]
+            one = (
+                fitted.start_s(step.num_rows) + fitted.draft_s(step.exit_layer, np.array([step.num_rows]))[0]
+            )
             assert one == pytest.approx(step.draft_s, rel=1e-6)
     assert fitted.plain_s(256) > fitted.plain_s(32)
 
@@ -89,3 +91,75 @@ def test_one_measured_row_is_enough_to_begin_with() -> None:
     assert fitted.plain_s(1) == pytest.approx(2.0)
     assert fitted.plain_s(8) == pytest.approx(4 * 2.2)
     assert float(fitted.verify_s(3, 1, np.array(2))) == pytest.approx(2.2)
+
+
+def measured(
+    num_rows: int, exit_layer: int, draft_length: int, *, host_s: tuple[float, float] = (0.0, 0.0)
+) -> StepTime:
+    """A machine on which drafting takes 1 to begin, each draft 0.4 and 0.1 a layer, and a pass 3 and 0.2 for each
+    token and layer.
+    """
+    late = (1 + draft_length) * (NUM_LAYERS - exit_layer) + exit_layer
+    return StepTime(
+        num_rows,
+        exit_layer,
+        draft_length,
+        draft_s=num_rows * (1.0 + draft_length * (0.4 + 0.1 * exit_layer)) if draft_length else 0.0,
+        verify_s=3.0 + 0.2 * num_rows * late,
+        host_s=num_rows * host_s[draft_length > 0],
+    )
+
+
+def test_what_drafting_takes_at_the_start_and_what_depth_takes_is_told_apart() -> None:
+    shapes = [(rows, 4, length) for rows in (1, 4) for length in (0, 1, 4)] + [
+        (1, 12, 1),
+        (1, 12, 4),
+        (4, 12, 4),
+    ]
+    fitted = fitted_costs([measured(*shape) for shape in shapes], num_layers=NUM_LAYERS)
+    for rows in (1, 4):
+        assert fitted.start_s(rows) == pytest.approx(rows * 1.0, rel=0.02)
+        for layer in (1, 4, 9, 15):
+            draft_s = float(fitted.draft_s(layer, np.array([rows]))[0])
+            assert draft_s == pytest.approx(rows * (0.4 + 0.1 * layer), rel=0.02)
+    for rows, layer in ((1, 2), (1, 8), (1, 15), (4, 12)):
+        expected = measured(rows, layer, 4).verify_s
+        assert float(fitted.verify_s(layer, rows, np.array(5 * rows))) == pytest.approx(expected, rel=0.03)
+
+
+def test_the_host_takes_longer_with_drafts() -> None:
+    host_s = (0.5, 0.8)
+    steps = [measured(rows, 4, length, host_s=host_s) for rows in (1, 4) for length in (0, 1, 4)]
+    fitted = fitted_costs(steps, num_layers=NUM_LAYERS)
+    assert [fitted.host_s(1, drafts=drafts) for drafts in (False, True)] == pytest.approx(host_s)
+    for _ in range(100):
+        fitted.observe_host(1, 1.2, drafts=True)
+    assert fitted.host_s(1, drafts=True) == pytest.approx(1.2, rel=0.01)
+    assert fitted.host_s(1, drafts=False) == 0.5
+
+
+def test_how_start_and_drafts_part_their_time_is_learned_from_short_drafts_and_long_ones() -> None:
+    """At first it is thought that one draft takes no start at all."""
+    fitted = fitted_costs(
+        [StepTime(1, 4, 0, 0.0, 6.2), StepTime(1, 4, 1, 1.8, 8.6), StepTime(1, 4, 4, 7.2, 15.8)],
+        num_layers=NUM_LAYERS,
+    )
+    for _ in range(300):
+        for length in (1, 6):
+            step = measured(1, 4, length)
+            fitted.observe(4, [length], draft_s=step.draft_s, verify_s=step.verify_s)
+    for length in (1, 3, 6):
+        found_s = fitted.start_s(1) + length * float(fitted.draft_s(4, np.array([1]))[0])
+        assert found_s == pytest.approx(measured(1, 4, length).draft_s, rel=0.1)
+
+
+def test_what_depth_saves_a_pass_is_learned_from_passes_of_deep_drafts() -> None:
+    """It was measured at one exit layer alone, and what a pass takes at its start was taken to be its layers'."""
+    fitted = fitted_costs([measured(1, 4, length) for length in (0, 1, 2, 4)], num_layers=NUM_LAYERS)
+    for _ in range(60):
+        for layer in (4, 4, 4, 4, 13):
+            step = measured(1, layer, 4)
+            fitted.observe(layer, [4], draft_s=step.draft_s, verify_s=step.verify_s)
+    for layer in (4, 13):
+        found_s = float(fitted.verify_s(layer, 1, np.array(5)))
+        assert found_s == pytest.approx(measured(1, layer, 4).verify_s, rel=0.05)
