@@ -129,8 +129,8 @@ MUTANTS = (
     Mutant(
         "the controller weighs all tokens of a step, not only its drafts",
         "decoding/weighing.py",
-        "expected_M = batch.num_rows + ",
-        "expected_M = 0 * batch.num_rows + ",
+        "expected_LM = batch.num_rows + ",
+        "expected_LM = 0 * batch.num_rows + ",
         "tests/test_controller.py::test_its_choice_equals_brute_force",
     ),
     Mutant(
@@ -202,6 +202,13 @@ MUTANTS = (
         "self._editors.get(sequence_id) is edited.editor",
         "sequence_id in self._editors",
         "tests/test_parallel_plan.py::test_plans_are_read_as_they_were_written",
+    ),
+    Mutant(
+        "drafts that pay no more give way to the best others",
+        "decoding/controller.py",
+        "if known.drafts and known.rate <= _WORTH_CHANGING * plain.rate:\n            return found",
+        "if known.drafts and known.rate <= _WORTH_CHANGING * plain.rate:\n            return plain",
+        "tests/test_controller.py::test_drafts_that_pay_no_more_give_way_to_others_that_do_and_not_to_none",
     ),
 )
 
