@@ -75,6 +75,9 @@ class DraftChooser(Protocol):
     def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
         """Learn by exit layer whether a draft made there would have been kept, row by row."""
 
+    def observes(self, exit_layer: int, *, drafts: bool) -> bool:
+        """Whether it should be told what this step took; asked once for every step."""
+
     def took(self, outcome: StepOutcome) -> None:
         """Learn what a step took."""
 
@@ -116,6 +119,10 @@ class FixedChoice:
 
     def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
         """Learn nothing."""
+
+    def observes(self, exit_layer: int, *, drafts: bool) -> bool:
+        """Never."""
+        return False
 
     def took(self, outcome: StepOutcome) -> None:
         """Learn nothing."""

@@ -23,7 +23,7 @@ from decoding.telling import beliefs_of
 from decoding.weighing import MARGIN, Batch, Candidate, Weigher, advantages_of
 
 _KEPT_STEPS: Final = 8
-_CONFIRMED_STEPS: Final = 32
+_CONFIRMED_STEPS: Final = 64
 """A choice is used for so many steps, and for twice as many each time it is confirmed: weighing takes time, and
 steps of one shape share their preparation.
 """
@@ -144,16 +144,21 @@ class Controller:
             self._record.record(exit_layer, [(1, int(is_kept)) for is_kept in of_rows])
         self._explorer.saw(max(map(len, agreed.values()), default=0), surveyed=True)
 
+    def observes(self, exit_layer: int, *, drafts: bool) -> bool:
+        """Now and then, and at once where drafts leave elsewhere than in the last step that was learned from."""
+        self._num_outcomes += 1
+        is_elsewhere = drafts and exit_layer != self._observed_layer
+        is_due = self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0
+        return is_elsewhere or is_due
+
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
-        self._num_outcomes += 1
-        is_elsewhere = any(outcome.draft_lengths) and outcome.exit_layer != self._observed_layer
-        if is_elsewhere or self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0:
-            self._observed_layer = outcome.exit_layer if is_elsewhere else self._observed_layer
-            self._costs.observe(
-                outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
-            )
-            self._host_steps = _NOT_THIS
+        if any(outcome.draft_lengths):
+            self._observed_layer = outcome.exit_layer
+        self._costs.observe(
+            outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
+        )
+        self._host_steps = _NOT_THIS
 
     def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
         """Keep the costs current, by the step behind one that was learned from: learning took the host time."""
@@ -205,6 +210,8 @@ class Controller:
         if settled is None or not set(batch.advantages) <= settled.by_advantage.keys():
             return found
         lengths = tuple(settled.by_advantage[advantage] for advantage in batch.advantages)
+        if (found.exit_layer, found.lengths) == (settled.exit_layer, lengths):
+            return found
         known = self._weigher.rated(settled.exit_layer, lengths, batch)
         if known.drafts and known.rate <= _WORTH_CHANGING * plain.rate:
             return found

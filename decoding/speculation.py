@@ -94,10 +94,12 @@ class Speculator:
             self._chooser.surveyed(self._agreed(shares, result))
             return
         exit_layers = {share.exit_layer for share in shares if share.draft_length}
-        if len(exit_layers) <= 1 and all(map(_is_typical, shares)):
+        exit_layer = max(exit_layers, default=1)
+        is_observed = self._chooser.observes(exit_layer, drafts=bool(exit_layers))
+        if is_observed and len(exit_layers) <= 1 and all(map(_is_typical, shares)):
             self._chooser.took(
                 StepOutcome(
-                    exit_layer=max(exit_layers, default=1),
+                    exit_layer=exit_layer,
                     draft_lengths=tuple(share.draft_length for share in shares),
                     draft_s=result.draft_s,
                     verify_s=result.verify_s,

@@ -46,6 +46,9 @@ class RandomChooser(FixedChoice):
         self.num_surveys += 1
         assert len({len(of_rows) for of_rows in agreed.values()}) == 1
 
+    def observes(self, exit_layer: int, *, drafts: bool) -> bool:
+        return True
+
     def took(self, outcome: StepOutcome) -> None:
         self.num_steps_learned += 1
         assert len(outcome.draft_lengths) > 0
