@@ -266,7 +266,7 @@ def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain(num_row
     under_test = controller(costs(linear_with_gain), known)
     assert under_test.pays
     # A draft that is kept by chance is soon followed by others: not all of these steps are so unlucky.
-    assert share_drafting(under_test, kept_rate=0.02, num_rows=num_rows, latest=5000) < 0.02
+    assert share_drafting(under_test, kept_rate=0.02, num_steps=7000, num_rows=num_rows, latest=5000) < 0.02
     assert not under_test.pays
 
 
