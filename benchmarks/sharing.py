@@ -180,6 +180,8 @@ def main() -> int:
         block_size=longest,
         exit_layer=options.exit_layer,
         draft_length=options.draft_length,
+        # Each way runs the same layers otherwise, by the operators that all of them have.
+        compile_layers=False,
     )
     asked = Asked(options.exit_layer, options.draft_length, options.new_tokens, options.repeats)
     ways = make_ways(settings, exit_layer=asked.exit_layer)

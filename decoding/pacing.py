@@ -12,8 +12,11 @@ _STRETCH: Final = 1.25
 """Prompts' part of a step may take so many times what the step takes without it, where no more rows wait for their
 first token than for their next."""
 
-_LEAST_TOKENS: Final = 16
-"""A prompt always comes on by so many tokens. Parts as short as this say little of what longer ones cost."""
+_LEAST_TOKENS: Final = 8
+"""A prompt always comes on by so many tokens. Shorter parts say little of what longer ones cost."""
+
+_MANY_PARTS: Final = 4
+"""A prompt is long that takes more steps than these."""
 
 _PACE: Final = 0.2
 """Share of a step's surprise that is believed."""
@@ -28,26 +31,30 @@ _MOST_SURPRISING: Final = 2.0
 class PromptPacer:
     """Learns what steps and prompt tokens take. Unknown, a prompt is not held back.
 
-    What a step takes without prompts is known by the number of rows that decode, to the next power of two. Where
-    prompts come without end, now and then a step goes without them to look: from steps with prompts alone one
-    cannot tell which part is whose.
+    What a step takes without prompts is known by the number of rows that decode, to the next power of two, and
+    whether they draft. Where prompts come without end, now and then a step goes without them to look: from steps
+    with prompts alone one cannot tell which part is whose.
     """
 
     def __init__(self) -> None:
-        self._step_s: dict[int, float] = {}
+        self._step_s: dict[tuple[int, bool], float] = {}
+        self._share_drafting: dict[int, float] = {}
         self._num_unlooked: dict[int, int] = {}
         self._token_s: float | None = None
 
-    def observe(self, fed: Sequence[int], seconds: float) -> None:
-        """Learn from a step whose rows were fed so many tokens each; those that decode are fed one."""
+    def observe(self, fed: Sequence[int], seconds: float, *, drafts: bool) -> None:
+        """Learn from a step whose rows were fed so many tokens each; those that decode are fed one, and may draft."""
         prompt_parts = [num_tokens for num_tokens in fed if num_tokens > 1]
         size = (len(fed) - len(prompt_parts)).bit_length()
         if not prompt_parts:
-            self._step_s[size] = _moved(self._step_s.get(size), seconds)
+            self._step_s[size, drafts] = _moved(self._step_s.get((size, drafts)), seconds)
+            share = self._share_drafting.get(size, float(drafts))
+            self._share_drafting[size] = share + _PACE * (drafts - share)
             self._num_unlooked[size] = 0
-        elif sum(prompt_parts) > _LEAST_TOKENS:
-            beside = self._step_s.get(size, 0.0)
-            self._token_s = _moved(self._token_s, max(0.0, seconds - beside) / sum(prompt_parts))
+            return
+        beside_s = self._step_s.get((size, drafts)) if size else 0.0
+        if beside_s is not None and sum(prompt_parts) >= _LEAST_TOKENS:
+            self._token_s = _moved(self._token_s, max(0.0, seconds - beside_s) / sum(prompt_parts))
 
     def num_prompt_tokens(self, *, num_decoding: int, num_beginning: int, most: int) -> int:
         """How many tokens of prompts, `most` or less, may join a step of rows that decode, while others begin."""
@@ -56,7 +63,8 @@ class PromptPacer:
         size = num_decoding.bit_length()
         if self._must_look(size):
             return 0
-        step_s = self._step_s.get(size) or max(self._step_s.values())
+        mostly_drafts = self._share_drafting.get(size, 0.0) > 0.5
+        step_s = self._step_s.get((size, mostly_drafts)) or max(self._step_s.values())
         stretch = _STRETCH * max(1.0, num_beginning / num_decoding)
         return min(most, max(_LEAST_TOKENS, int(stretch * step_s / self._token_s)))
 
@@ -66,6 +74,11 @@ class PromptPacer:
         is_due = num_unlooked > _UNLOOKED_STEPS
         self._num_unlooked[size] = 0 if is_due else num_unlooked
         return is_due
+
+
+def is_long_prompt(num_fed: int, num_pending: int) -> bool:
+    """Whether a sequence with so many tokens to compute, of which a step takes some, needs many such steps."""
+    return num_fed > 1 and num_pending > _MANY_PARTS * num_fed
 
 
 def _moved(known: float | None, seen: float) -> float:

@@ -117,7 +117,8 @@ class Scheduler:
         """Apply the planned step's result; one event for each row that has chosen tokens."""
         events = []
         self._speculator.learn(self._planned, result)
-        self._pacer.observe([share.num_fed for share in self._planned], result.draft_s + result.verify_s)
+        fed, drafts = [s.num_fed for s in self._planned], any(s.num_drafts for s in self._planned)
+        self._pacer.observe(fed, result.draft_s + result.verify_s, drafts=drafts)
         for share, chosen, reported in zip(self._planned, result.chosen, result.reported, strict=True):
             if share.sequence.block_ids:
                 events += self._commit_row(share, chosen, reported or Reported())

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 
 from decoding.choice import Choice, DraftChooser, DraftingRow, ExitLayers, Fate, StepOutcome
 from decoding.messages import Drafter
+from decoding.pacing import is_long_prompt
 from decoding.plan import Result
 from decoding.planning import Share
 from decoding.sequence import Sequence as Stream
@@ -61,7 +62,12 @@ class Speculator:
         return self._chooser.pays
 
     def add_drafts(self, shares: Sequence[Share], budget: int) -> list[Share]:
-        """The shares with drafts of up to `budget` tokens in all, oldest rows first: nobody waits for drafts."""
+        """The shares with drafts of up to `budget` tokens in all, oldest rows first: nobody waits for drafts.
+
+        None are made while a long prompt comes in: it and the rows beside it wait less for each other.
+        """
+        if any(is_long_prompt(share.num_fed, share.sequence.num_pending) for share in shares):
+            budget = 0
         drafting = [
             share for share in shares if share.sequence.num_pending == 1 and share.sequence.num_remaining > 1
         ]

@@ -42,6 +42,25 @@ def test_a_step_with_a_part_of_a_prompt_takes_no_more_than_two_and_a_half_steps(
     assert sum(int(plan.num_fed_B[plan.num_fed_B > 1].sum()) for plan in with_prompt) == 1500
 
 
+def test_rows_draft_beside_short_prompts_and_the_last_parts_of_long_ones() -> None:
+    under_test = scheduler()
+    for sequence_id in range(4):
+        under_test.submit(request(sequence_id, prompt=100, draft_length=2))
+    for _ in range(20):
+        step(under_test)
+    under_test.submit(request(9, prompt=1500, draft_length=2))
+    left, drafting_at = 1500, []
+    while left:
+        plan = step(under_test)
+        fed = int(plan.num_fed_B[plan.num_fed_B > 1].sum())
+        is_long = bool(fed) and left > 4 * fed
+        assert bool(plan.num_drafts_B.any()) is not is_long
+        drafting_at += [left] if fed and not is_long else []
+        left -= fed
+    assert len(drafting_at) == 4
+    assert step(under_test).num_drafts_B.tolist() == [2] * 5
+
+
 def test_a_prompt_alone_takes_the_whole_step() -> None:
     under_test = scheduler()
     for sequence_id in (1, 2):
@@ -53,9 +72,9 @@ def test_a_prompt_alone_takes_the_whole_step() -> None:
 
 def test_prompts_always_come_on() -> None:
     pacer = PromptPacer()
-    pacer.observe([1, 1], 0.001)
-    pacer.observe([512], 100.0)
-    assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=500) == 16
+    pacer.observe([1, 1], 0.001, drafts=False)
+    pacer.observe([512], 100.0, drafts=False)
+    assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=500) == 8
     assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=5) == 5
 
 
@@ -67,8 +86,8 @@ def test_nothing_is_held_back_before_anything_is_known(num_decoding: int) -> Non
 def known() -> PromptPacer:
     pacer = PromptPacer()
     for num_rows in (1, 4):
-        pacer.observe([1] * num_rows, STEP_S)
-    pacer.observe([512], 512 * TOKEN_S)
+        pacer.observe([1] * num_rows, STEP_S, drafts=False)
+    pacer.observe([512], 512 * TOKEN_S, drafts=False)
     return pacer
 
 
@@ -82,20 +101,20 @@ def test_many_who_wait_for_their_first_token_count_more_than_few_who_wait_for_th
 def test_a_step_that_was_held_up_changes_little() -> None:
     pacer = known()
     before = pacer.num_prompt_tokens(num_decoding=1, num_beginning=1, most=500)
-    pacer.observe([1, 100], 30.0)
+    pacer.observe([1, 100], 30.0, drafts=False)
     assert pacer.num_prompt_tokens(num_decoding=1, num_beginning=1, most=500) >= 0.8 * before
 
 
 def test_without_end_of_prompts_a_growing_batch_is_looked_at_alone_now_and_then() -> None:
     pacer = PromptPacer()
-    pacer.observe([1] * 4, STEP_S)
-    pacer.observe([512], 512 * TOKEN_S)
+    pacer.observe([1] * 4, STEP_S, drafts=False)
+    pacer.observe([512], 512 * TOKEN_S, drafts=False)
     allowed = []
     for _ in range(200):
         num_tokens = pacer.num_prompt_tokens(num_decoding=32, num_beginning=1, most=500)
         allowed.append(num_tokens)
         fed = [1] * 32 + ([num_tokens] if num_tokens else [])
-        pacer.observe(fed, 8 * STEP_S + num_tokens * TOKEN_S)
+        pacer.observe(fed, 8 * STEP_S + num_tokens * TOKEN_S, drafts=False)
     assert 3 <= allowed.count(0) <= 4
     # What eight times longer steps leave room for, not what those of few rows do.
     assert min(allowed[2:64]) >= 0.9 * 8 * STEP_S / TOKEN_S
