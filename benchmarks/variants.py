@@ -22,6 +22,7 @@ from benchmarks.timing import Contender, Job, Prompt, Record, Run, Sampled, race
 from benchmarks.variants_table import ALL_TASKS, Memory, Row
 from config.settings import EngineSettings
 from decoding.checkpoint import open_checkpoint
+from decoding.compiled import PanelLinear
 from decoding.engine import Engine
 from decoding.linear import HalfStoredLinear
 from decoding.messages import Drafter
@@ -142,14 +143,14 @@ class Bench:
         """At the longest text, one row. A separate draft model has weights and a cache of its own."""
         runtime, ready = variant.engine.runtime, variant.engine.ready
         itemsize = getattr(torch, ready.dtype).itemsize
-        is_half = isinstance(runtime.model.weights.head, HalfStoredLinear)
+        stored = _stored_itemsize(runtime.model.weights.head, itemsize)
         models = [self.costs]
         if variant.drafter is Drafter.MODEL and self.draft_costs is not None:
             models.append(self.draft_costs)
         longest = max(len(prompt.token_ids) for prompts in self.tasks.values() for prompt in prompts)
         num_tokens = longest + self.request.tokens
         return Memory(
-            weight_bytes=sum(each.weight_bytes(itemsize, 2 if is_half else itemsize) for each in models),
+            weight_bytes=sum(each.weight_bytes(itemsize, stored) for each in models),
             kv_bytes=sum(each.kv_bytes(num_tokens, itemsize) for each in models),
             scratch_bytes=self.costs.scratch_bytes(1 + longest_draft, itemsize),
         )
@@ -228,3 +229,10 @@ def _settings(request: TableRequest, draft_model: str | None = None) -> EngineSe
         # Longer than any prompt: no prefix is ever found again, and every run computes its whole prompt.
         block_size=_BLOCK,
     )
+
+
+def _stored_itemsize(linear: object, itemsize: int) -> int:
+    """Bytes of a number of a matrix as it lies in memory."""
+    if isinstance(linear, HalfStoredLinear):
+        return 2
+    return linear.panels.element_size() if isinstance(linear, PanelLinear) else itemsize

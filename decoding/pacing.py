@@ -43,7 +43,7 @@ class PromptPacer:
         self._token_s: float | None = None
 
     def observe(self, fed: Sequence[int], seconds: float, *, drafts: bool) -> None:
-        """Learn from a step whose rows were fed so many tokens each; those that decode are fed one, and may draft."""
+        """Learn from a step whose rows were fed so many tokens each: those that decode one, with drafts or not."""
         prompt_parts = [num_tokens for num_tokens in fed if num_tokens > 1]
         size = (len(fed) - len(prompt_parts)).bit_length()
         if not prompt_parts:
