@@ -185,7 +185,8 @@ def test_folders_of_the_same_name_are_told_apart(untied: Path, tmp_path: Path) -
         (tmp_path / parent / "final").symlink_to(untied)
     chosen = [str(tmp_path / parent / "final") for parent in ("one", "two")]
     output = run(PROMPT, "-m", chosen[0], "-m", chosen[1], "--new-tokens", "0")
-    assert all(f"{name}: " in output.replace("\n", "") for name in chosen)
+    # Where lines are wrapped depends on how long the folder's name is.
+    assert all(f"{name}:" in "".join(output.split()) for name in chosen)
 
 
 @pytest.mark.parametrize(
