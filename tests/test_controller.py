@@ -132,17 +132,6 @@ def test_what_the_host_takes_makes_drafting_pay() -> None:
         assert any(chosen.draft_lengths) is drafts
 
 
-def test_a_choice_stands_until_another_promises_clearly_more() -> None:
-    step_costs, known = costs(linear_with_gain), record(lambda layer: 0.8)
-    under_test = controller(step_costs, known)
-    batch = rows(4)
-    first = under_test.choose(batch)
-    for _ in range(14):
-        assert under_test.choose(batch) == first
-    # Nobody decides anew for one row among many that came or left.
-    assert under_test.choose([*batch[:3], *rows(1)]).draft_lengths == first.draft_lengths
-
-
 def test_drafts_that_pay_no_more_give_way_to_others_that_do_and_not_to_none() -> None:
     step_costs, known = costs(linear_with_gain), record(lambda layer: 0.5)
     under_test, row = controller(step_costs, known), rows(1)
@@ -156,29 +145,6 @@ def test_drafts_that_pay_no_more_give_way_to_others_that_do_and_not_to_none() ->
     chosen = [under_test.choose(row, among=(4,)).draft_lengths for _ in range(12)]
     assert chosen[-1] > (before,)
     assert (0,) not in chosen
-
-
-class CountedRecord(AcceptanceRecord):
-    """Tells how often something was weighed."""
-
-    num_weighed = 0
-
-    def refresh(self) -> None:
-        self.num_weighed += 1
-        super().refresh()
-
-
-def test_choices_for_numbers_of_rows_that_come_again_are_not_made_again() -> None:
-    known = CountedRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
-    under_test = controller(costs(linear_with_gain), known)
-    chosen = {count: set() for count in (1, 2, 5)}
-    for step in range(200):
-        count = (1, 2, 5)[step % 3]
-        chosen[count].add(under_test.choose(rows(count), among=(4,)).draft_lengths)
-    assert known.num_weighed < 200 / 9
-    assert len(chosen[1]) <= 2
 
 
 def test_an_exit_layer_that_was_never_tried_must_promise_more() -> None:
@@ -280,14 +246,6 @@ def test_rows_of_which_no_draft_was_kept_where_none_was_expected_to_be_are_weigh
     assert max(known.expected(2)) == 0
     under_test.drafted(2, Drafter.EARLY_EXIT, [Fate(row.record, 2, 0) for row in batch])
     assert under_test.choose(batch, among=(2,)).exit_layer == 2
-
-
-def test_sets_of_exit_layers_that_were_asked_for_are_not_kept_for_good() -> None:
-    under_test, rng = controller(costs(linear), record(lambda layer: 0.8)), np.random.default_rng(0)
-    for _ in range(400):
-        asked = rng.choice(LAYERS, size=3, replace=False)
-        under_test.choose(rows(1), among=tuple(sorted(asked.tolist())))
-    assert len(under_test._standing) == len(under_test._settled) == 64
 
 
 def test_drafts_that_do_not_pay_for_many_rows_may_pay_for_one() -> None:
