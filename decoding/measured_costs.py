@@ -55,10 +55,11 @@ def fitted_costs(measured: Sequence[StepTime], *, num_layers: int) -> StepCosts:
     deep = [step for step in measured if step.exit_layer > exit_layer and step.draft_length]
     table_RW = _carried_on(_verify_table(near))
     start_s_R, step_s_R = _draft_steps(near, table_RW[:, 0])
-    head_s_R, layer_s_R = _by_layer(step_s_R, exit_layer, table_RW[:, 0], num_layers)
     if deep:
         layer_s_R = _layers(deep, start_s_R, step_s_R, exit_layer)
-        head_s_R = np.maximum(step_s_R - exit_layer * layer_s_R, LEAST_S)
+    else:
+        layer_s_R = _layers_of_plain(step_s_R, exit_layer, table_RW[:, 0], num_layers)
+    head_s_R = np.maximum(step_s_R - exit_layer * layer_s_R, LEAST_S)
     saved_s_RW = _saved(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
     saved_s_RW *= _share_saved(deep, table_RW, saved_s_RW, exit_layer)[:, None]
     whole_s_RW = table_RW + exit_layer * saved_s_RW
@@ -132,11 +133,10 @@ def _draft_steps(measured: Sequence[StepTime], plain_s_R: Floats) -> tuple[Float
     return once_s_R - step_s_R, step_s_R
 
 
-def _by_layer(step_s_R: Floats, exit_layer: int, plain_s_R: Floats, num_layers: int) -> tuple[Floats, Floats]:
-    """Head and layer seconds of draft steps. A plain step is a draft step that leaves after the last layer."""
+def _layers_of_plain(step_s_R: Floats, exit_layer: int, plain_s_R: Floats, num_layers: int) -> Floats:
+    """Seconds of a layer of a draft step, if a plain step is one that leaves after the last layer."""
     layer_s_R = np.minimum((plain_s_R - step_s_R) / (num_layers - exit_layer), step_s_R / exit_layer)
-    layer_s_R = np.maximum(layer_s_R, LEAST_S)
-    return np.maximum(step_s_R - exit_layer * layer_s_R, LEAST_S), layer_s_R
+    return np.maximum(layer_s_R, LEAST_S)
 
 
 def _layers(deep: Sequence[StepTime], start_s_R: Floats, step_s_R: Floats, exit_layer: int) -> Floats:

@@ -98,7 +98,7 @@ class Codec:
         may have ids that the model has not.
         """
         token_ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
-        return token_ids if max(token_ids, default=0) < self._limits.vocab_size else []
+        return token_ids if self._has(token_ids) else []
 
     def decoder(self, *, skip_special_tokens: bool) -> Decode:
         """What turns ids into text, with or without that of special tokens."""
@@ -111,9 +111,12 @@ class Codec:
 
     def check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         """Raise InvalidRequest for an id that this model does not have."""
-        size = self._limits.vocab_size
-        if token_ids and (min(token_ids) < 0 or max(token_ids) >= size):
-            raise InvalidRequest(f"`{param}`: token ids of this model are 0 to {size - 1}", param=param)
+        if not self._has(token_ids):
+            last = self._limits.vocab_size - 1
+            raise InvalidRequest(f"`{param}`: token ids of this model are 0 to {last}", param=param)
+
+    def _has(self, token_ids: Sequence[int]) -> bool:
+        return not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._limits.vocab_size)
 
     def _keep_last(self, encoding: Encoding, num_tokens: int, *, add_special_tokens: bool) -> Encoding:
         num_special = self._tokenizer.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
