@@ -67,7 +67,7 @@ def _kept(path: Path) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path)) if path.is_file() else None
     except OSError:
-        path.unlink()
+        path.unlink(missing_ok=True)
         return None
 
 
