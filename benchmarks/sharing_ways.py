@@ -58,7 +58,7 @@ class RefeedingCycle(Cycle):
         if not plan.draft_lengths_B.any():
             return self._verifying.run(plan)
         started = self._clock()
-        route, slots_BT = self._routes.of(plan), self._slots(plan.blocks_BW)
+        route, slots_BT = self._routes.of(plan), self.slots(plan.blocks_BW)
         fed_N = torch.from_numpy(plan.fed_N).to(self._device)
         drafts = self._drafter.draft(plan, route, slots_BT, fed_N[route.last_fed_B])
         draft_s = self._clock() - started

@@ -22,10 +22,10 @@ from benchmarks.timing import Contender, Job, Prompt, Record, Run, Sampled, race
 from benchmarks.variants_table import ALL_TASKS, Memory, Row
 from config.settings import EngineSettings
 from decoding.checkpoint import open_checkpoint
-from decoding.compiled import PanelLinear
 from decoding.engine import Engine
 from decoding.linear import HalfStoredLinear
 from decoding.messages import Drafter
+from decoding.panels import PanelLinear
 
 TASKS: Final = Path(__file__).parent / "task_prompts.jsonl"
 

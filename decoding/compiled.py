@@ -14,58 +14,33 @@ from typing import Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from config.caches import cache_folder
 from decoding import compiled_structs as structs
 from decoding.attention import Arrangement, AttentionShape, Queries
+from decoding.compiled_draft_head import CompiledDraftHead, num_drafted_tokens
 from decoding.compiled_library import build
+from decoding.compiled_rows import (
+    UNSTOPPED,
+    MadeDrafts,
+    PlacedColumns,
+    PlacedConfidence,
+    PlacedRows,
+    address,
+    sampling_columns,
+)
 from decoding.kv_cache import KVCache
 from decoding.logits import Sampling
 from decoding.model import LlamaDecoder, RmsNorm, Weights
+from decoding.panels import PanelLinear
 from decoding.ragged import Ints, Ragged
-
-LANES: Final = 16
-"""Numbers that the compiled code takes at once: every width is a multiple of it."""
-
-_PANEL: Final = 4 * LANES
-"""Outputs of a matrix that lie side by side."""
 
 CACHED: Final = (torch.float32, torch.bfloat16)
 HEAD_WIDTHS: Final = (16, 32, 64, 80, 96, 128)
 """What it is made for."""
 
 _STORED: Final = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class PanelLinear:
-    """A matrix in panels of 64 outputs, input by input, in the shortest dtype that holds its values."""
-
-    def __init__(self, weight_OI: Tensor) -> None:
-        num_outputs, num_inputs = weight_OI.shape
-        self.shape = num_outputs, num_inputs
-        padded_OI = F.pad(weight_OI, (0, 0, 0, -num_outputs % _PANEL))
-        panels = padded_OI.view(-1, _PANEL, num_inputs).transpose(1, 2)
-        self.panels = panels.to(_shortest(weight_OI)).contiguous()
-
-    @property
-    def num_computed(self) -> int:
-        """Outputs that compiled code computes: those of the matrix, rounded up to whole lanes."""
-        return -(-self.shape[0] // LANES) * LANES
-
-    def __call__(self, x_NI: Tensor, /) -> Tensor:
-        """Apply the matrix, slowly: compiled code reads the panels itself."""
-        num_outputs, num_inputs = self.shape
-        weight_OI = self.panels.to(x_NI.dtype).transpose(1, 2).reshape(-1, num_inputs)
-        return x_NI @ weight_OI[:num_outputs].t()
-
-
-def _shortest(weight_OI: Tensor) -> torch.dtype:
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(weight_OI.to(dtype).to(weight_OI.dtype), weight_OI):
-            return dtype
-    return torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +76,22 @@ class SlotAttention:
 
 
 class CompiledDecoder(LlamaDecoder):
-    """Runs layers first … last − 1 in one call, on one thread, in float32 whatever hidden states are kept in.
+    """Runs layers first … last − 1 in one call, on one thread, in float32.
 
     A token's results do not depend on the tokens beside it.
     """
 
     def __init__(
-        self, weights: Weights, attention: SlotAttention, shape: AttentionShape, library: ctypes.CDLL
+        self,
+        weights: Weights,
+        attention: SlotAttention,
+        shape: AttentionShape,
+        library: ctypes.CDLL,
+        *,
+        draft_vocab_size: int | None = None,
     ) -> None:
         super().__init__(weights, attention)
         self._library = library
-        self._rotations_TF = attention.rotations_TF
         matrices = [
             m for layer in weights.layers for m in (layer.qkv, layer.attention_out, layer.gate_up, layer.down)
         ]
@@ -137,51 +117,82 @@ class CompiledDecoder(LlamaDecoder):
             CACHED.index(attention.cache.layer(0).dtype),
             self._layers,
         )
+        self._ends = structs.Ends(
+            self._head.shape[0],
+            self._head.num_computed,
+            weights.embedding_VD.data_ptr(),
+            attention.rotations_TF.data_ptr(),
+            self._final_norm_D.data_ptr(),
+            self._head.panels.data_ptr(),
+        )
+        num_drafted = num_drafted_tokens(draft_vocab_size, self._head.shape[0])
+        self.draft_head: CompiledDraftHead | None = None
+        if num_drafted is not None:
+            self.draft_head = CompiledDraftHead(self._head.panels, num_drafted, self._head.shape[0])
+            self._ends.drafts = ctypes.pointer(self.draft_head.struct)
 
     def draft(
         self,
         exit_layer: int,
-        num_rows_K: Ints,
+        lengths_B: Ints,
         last_ids_B: Tensor,
         slots_BT: Ints,
         num_computed_B: Ints,
         sampling: Sampling,
     ) -> tuple[Tensor, Tensor]:
-        """Ids [M] and exit hiddens [M, D] of all drafts, step after step: what the steps give one by one.
-
-        The first `num_rows_K[k]` rows draft in step k, none of them ever again once it is left out.
-        """
-        num_drafts, width = int(num_rows_K.sum()), self._weights.embedding_VD.shape[1]
+        """Ids [M] and exit hiddens [M, D] of all drafts, step after step: what the steps give one by one."""
+        num_drafts, width = int(lengths_B.sum()), self._weights.embedding_VD.shape[1]
         ids_M, exits_MD = torch.empty(num_drafts, dtype=torch.int64), torch.empty(num_drafts, width)
-        contexts_BT = np.ascontiguousarray(slots_BT)
-        # Kept until the call returns.
-        columns = [each.contiguous() for each in _columns(sampling)]
-        drafting = structs.Drafting(
-            len(num_rows_K),
-            exit_layer,
-            self._head.shape[0],
-            self._head.num_computed,
-            contexts_BT.shape[1],
-            num_rows_K.ctypes.data,
-            last_ids_B.data_ptr(),
-            num_computed_B.ctypes.data,
-            contexts_BT.ctypes.data,
-            self._weights.embedding_VD.data_ptr(),
-            self._rotations_TF.data_ptr(),
-            self._final_norm_D.data_ptr(),
-            self._head.panels.data_ptr(),
-            *(column.data_ptr() for column in columns),
-            ids_M.data_ptr(),
-            exits_MD.data_ptr(),
+        rows = PlacedRows(slots_BT, num_computed_B, PlacedColumns(sampling))
+        made = MadeDrafts(exit_layer, lengths_B, last_ids_B.numpy(), ids_M.numpy())
+        made.struct.exits = exits_MD.data_ptr()
+        self._library.draft_tokens(
+            ctypes.byref(self._model),
+            ctypes.byref(self._ends),
+            ctypes.byref(rows.struct),
+            ctypes.byref(UNSTOPPED.struct),
+            ctypes.byref(made.struct),
         )
-        self._library.draft_tokens(ctypes.byref(self._model), ctypes.byref(drafting))
-        self.num_layer_calls += exit_layer * len(num_rows_K)
+        self.num_layer_calls += exit_layer * int(lengths_B.max())
         return ids_M, exits_MD
+
+    @property
+    def drafts_among_few(self) -> bool:
+        """Whether drafts have a head of their own."""
+        return self.draft_head is not None
+
+    def see(self, ids_N: Ints) -> None:
+        """These tokens came: from now on drafts may be these."""
+        self._library.see_tokens(
+            ctypes.byref(self._model),
+            ctypes.byref(self._ends),
+            ctypes.c_void_p(address(ids_N)),
+            ctypes.c_int64(len(ids_N)),
+        )
+
+    def run_step(
+        self, rows: PlacedRows, confidence: PlacedConfidence, made: MadeDrafts, step: structs.Step
+    ) -> None:
+        """Draft, verify and keep: all of a step in one call. `step` says what is fed, and where tokens are put."""
+        step.num_layers = self.num_layers
+        self._library.run_step(
+            ctypes.byref(self._model),
+            ctypes.byref(self._ends),
+            ctypes.byref(rows.struct),
+            ctypes.byref(confidence.struct),
+            ctypes.byref(made.struct),
+            ctypes.byref(step),
+        )
+        self.num_layer_calls += made.exit_layer * max(made.num_made_B.tolist()) + self.num_layers
+
+    def embed(self, ids_N: Tensor) -> Tensor:
+        """Hidden states [N, D] before any layer; between calls they stay what they are within one, float32."""
+        return super().embed(ids_N).float()
 
     def run_layers(self, hidden_ND: Tensor, first: int, last: int, queries: Queries) -> Tensor:
         """Residual stream after layers first … last − 1; `hidden_ND` is what enters `first`, and is kept."""
         assert isinstance(queries, _Placed)
-        out_ND = hidden_ND.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        out_ND = hidden_ND.clone(memory_format=torch.contiguous_format)
         self._library.run_layers(
             ctypes.byref(self._model),
             ctypes.c_int64(first),
@@ -190,11 +201,11 @@ class CompiledDecoder(LlamaDecoder):
             ctypes.byref(queries.tokens),
         )
         self.num_layer_calls += last - first
-        return out_ND.to(hidden_ND.dtype)
+        return out_ND
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] of hidden states after any layer: the final norm, then the one head of the model."""
-        entering_ND = hidden_ND.to(torch.float32).contiguous()
+        entering_ND = hidden_ND.contiguous()
         logits_NV = torch.empty(len(hidden_ND), self._head.num_computed)
         self._library.head_logits(
             ctypes.byref(self._model),
@@ -209,36 +220,42 @@ class CompiledDecoder(LlamaDecoder):
 
     def choose(self, logits_NV: Tensor, sampling: Sampling, positions_N: Tensor) -> Tensor:
         """The token that stands at each position by the choice rule, int64 [N]."""
-        # Columns of a batch without samples are not spread over its choices.
-        if sampling.any_top_k or not sampling.any_sampled:
-            return super().choose(logits_NV, sampling, positions_N)
+        columns = list(sampling_columns(sampling))
+        if not sampling.any_sampled:
+            # Columns of a batch without samples are not spread over its choices: they say the same of all.
+            columns = [column.new_zeros(len(logits_NV)) for column in columns]
         chosen_N = torch.empty(len(logits_NV), dtype=torch.int64)
         assert logits_NV.dtype == torch.float32
         assert logits_NV.stride(1) == 1
         # Kept until the call returns: a column that is not contiguous is copied.
-        columns = [column.contiguous() for column in (*_columns(sampling), positions_N)]
+        columns = [column.contiguous() for column in (*columns, positions_N)]
         self._library.choose_tokens(
             ctypes.c_void_p(logits_NV.data_ptr()),
+            None,
             ctypes.c_int64(len(logits_NV)),
             ctypes.c_int64(logits_NV.shape[1]),
             ctypes.c_int64(logits_NV.stride(0)),
             *(ctypes.c_void_p(column.data_ptr()) for column in columns),
             ctypes.c_void_p(chosen_N.data_ptr()),
+            None,
         )
         return chosen_N
 
 
 def make_compiled(
-    weights: Weights, shape: AttentionShape, cache: KVCache, rotations_TF: Tensor
+    weights: Weights,
+    shape: AttentionShape,
+    cache: KVCache,
+    rotations_TF: Tensor,
+    *,
+    draft_vocab_size: int | None = None,
 ) -> tuple[CompiledDecoder, SlotAttention]:
-    """A decoder of weights that are PanelLinear, over this cache. Raises SettingsError."""
-    attention = SlotAttention(cache, rotations_TF)
-    return CompiledDecoder(weights, attention, shape, build(cache_folder())), attention
-
-
-def _columns(sampling: Sampling) -> tuple[Tensor, ...]:
-    """What the compiled choice reads of it."""
-    return sampling.temperatures_N, sampling.top_ps_N, sampling.min_ps_N, *sampling.keys_2N
+    """A decoder of weights that are PanelLinear, over this cache, which drafts among so many tokens. Raises
+    SettingsError.
+    """
+    attention, library = SlotAttention(cache, rotations_TF), build(cache_folder())
+    decoder = CompiledDecoder(weights, attention, shape, library, draft_vocab_size=draft_vocab_size)
+    return decoder, attention
 
 
 def _panels(linear: object) -> PanelLinear:

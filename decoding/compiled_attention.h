@@ -1,26 +1,34 @@
-// Attention of one token to the positions of its row, straight from the slots where they lie.
+// Attention of a row's tokens to its positions, straight from the slots where they lie.
 //
-// Knows slots and heads; knows nothing of other tokens.
+// Knows slots and heads; knows nothing of other rows.
 //
-// Shapes: H query heads that share a key/value head, F head width, T positions of a row.
+// Shapes: Q queries that share a key/value head, of one token or several, F head width, T positions of a row.
 
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "compiled_model.h"
 #include "compiled_vectors.h"
 
 namespace {
 
-// More query heads than these are taken one set after the other.
-constexpr int MOST_HEADS = 4;
+// A key is read once for so many queries.
+constexpr int MOST_QUERIES = 9;
+
+// One head of one token: it attends to the first `length` positions of its row.
+struct Query {
+    const float *query;
+    float *attended;
+    int64_t length;
+};
 
 // Where a row's keys and values of one key/value head lie.
 template <class Cached> struct Context {
     const Cached *keys, *values;
-    int64_t slot_width, length;
+    int64_t slot_width;
     const int64_t *slots;
 
     const Cached *key(int64_t position) const { return keys + slots[position] * slot_width; }
@@ -29,111 +37,127 @@ template <class Cached> struct Context {
     // Slots of a row lie apart: no processor sees the next one coming.
     template <int WIDTH> void prefetch(int64_t position) const {
         constexpr int LINE = 64 / sizeof(Cached);
-        const int64_t within = std::min(position, length - 1);
         for (int at = 0; at < WIDTH; at += LINE) {
-            __builtin_prefetch(key(within) + at);
-            __builtin_prefetch(value(within) + at);
+            __builtin_prefetch(key(position) + at);
+            __builtin_prefetch(value(position) + at);
         }
     }
-
-    int64_t padded() const { return (length + LANES - 1) / LANES * LANES; }
 };
 
-// A key's products with all heads: it is read once.
-template <class Cached, int PARTS, int HEADS>
-void score(const float *query_HF, const Context<Cached> &context, float *scores_HT, Floats *bests_H) {
+int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
+
+// Products of a key with all queries, for the first `longest` positions and some more that mean nothing.
+template <class Cached, int PARTS, int QUERIES>
+void score(const Query *queries, const Context<Cached> &context, int64_t longest, bool is_near, float *scores_QT) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(PARTS * LANES));
-    const int64_t padded = context.padded();
-    Floats query[HEADS][PARTS];
-    for (int head = 0; head < HEADS; head++)
-        for (int part = 0; part < PARTS; part++) query[head][part] = load(query_HF + (head * PARTS + part) * LANES) * scale;
-    for (int64_t position = 0; position < context.length; position += LANES) {
-        Floats products[HEADS][LANES];
+    const int64_t stride = padded(longest);
+    Floats query[QUERIES][PARTS];
+    for (int each = 0; each < QUERIES; each++)
+        for (int part = 0; part < PARTS; part++) query[each][part] = load(queries[each].query + part * LANES) * scale;
+    for (int64_t position = 0; position < longest; position += LANES) {
+        Floats products[QUERIES][LANES];
         for (int lane = 0; lane < LANES; lane++) {
-            // Past the end the last position stands in, and is not counted.
-            const Cached *key = context.key(std::min(position + lane, context.length - 1));
-            context.template prefetch<PARTS * LANES>(position + lane + LANES);
-            Floats sums[HEADS] = {};
-            for (int part = 0; part < PARTS; part++) {
-                const Floats keys = load(key + part * LANES);
-                for (int head = 0; head < HEADS; head++) sums[head] += query[head][part] * keys;
+            // Past the end the last position stands in.
+            const Cached *key = context.key(std::min(position + lane, longest - 1));
+            if (!is_near) context.template prefetch<PARTS * LANES>(std::min(position + lane + LANES, longest - 1));
+            Floats keys[PARTS];
+            for (int part = 0; part < PARTS; part++) keys[part] = load(key + part * LANES);
+            for (int each = 0; each < QUERIES; each++) {
+                Floats sums = query[each][0] * keys[0];
+                for (int part = 1; part < PARTS; part++) sums += query[each][part] * keys[part];
+                products[each][lane] = sums;
             }
-            for (int head = 0; head < HEADS; head++) products[head][lane] = sums[head];
         }
-        for (int head = 0; head < HEADS; head++) {
-            const Floats scores = sum_each(products[head]);
-            store(scores_HT + head * padded + position, scores);
-            bests_H[head] = scores > bests_H[head] ? scores : bests_H[head];
-        }
+        for (int each = 0; each < QUERIES; each++) store(scores_QT + each * stride + position, sum_each(products[each]));
     }
 }
 
-// e to the power of scores, in their place, 0 past the end; returns their sum.
-float exponentials(float *scores_T, int64_t length, float best) {
-    Floats totals = {};
+// e to the power of scores less the best, in their place, 0 past the end up to `stride`; returns their sum.
+float exponentials(float *scores_T, int64_t length, int64_t stride) {
+    const auto is_counted = [length](int64_t position) {
+        return LANE < static_cast<int32_t>(std::min<int64_t>(LANES, length - position));
+    };
+    Floats bests = Floats{} - INFINITY, totals = {};
     for (int64_t position = 0; position < length; position += LANES) {
-        const Words is_counted = LANE < static_cast<int32_t>(std::min<int64_t>(LANES, length - position));
-        const Floats raised = is_counted ? exponential(load(scores_T + position) - best) : Floats{};
+        const Floats scores = is_counted(position) ? load(scores_T + position) : Floats{} - INFINITY;
+        bests = scores > bests ? scores : bests;
+    }
+    const float best = highest(bests);
+    for (int64_t position = 0; position < length; position += LANES) {
+        const Floats raised = is_counted(position) ? exponential(load(scores_T + position) - best) : Floats{};
         totals += raised;
         store(scores_T + position, raised);
     }
+    for (int64_t position = padded(length); position < stride; position += LANES) store(scores_T + position, Floats{});
     return sum(totals);
 }
 
-// attended_HF = Σ softmax(query · keys) values. `scores_HT` has room for 16 positions more than there are.
-template <class Cached, int PARTS, int HEADS>
-void attend_heads(const float *query_HF, const Context<Cached> &context, float *scores_HT, float *attended_HF) {
-    const int64_t padded = context.padded();
-    Floats bests[HEADS];
-    for (int head = 0; head < HEADS; head++) bests[head] = Floats{} - INFINITY;
-    score<Cached, PARTS, HEADS>(query_HF, context, scores_HT, bests);
-    float wholes[HEADS];
-    for (int head = 0; head < HEADS; head++)
-        wholes[head] = exponentials(scores_HT + head * padded, context.length, highest(bests[head]));
-    Floats sums[HEADS][PARTS] = {};
-    for (int64_t position = 0; position < context.length; position++) {
-        const Cached *value = context.value(position);
-        for (int part = 0; part < PARTS; part++) {
-            const Floats values = load(value + part * LANES);
-            for (int head = 0; head < HEADS; head++) sums[head][part] += scores_HT[head * padded + position] * values;
-        }
+// attended = Σ softmax(query · keys) values, of queries that one key after the other is read for.
+template <class Cached, int PARTS, int QUERIES>
+void attend_together(const Query *queries, const Context<Cached> &context, bool is_near, float *scores_QT) {
+    int64_t longest = 0, shortest = queries[0].length;
+    for (int each = 0; each < QUERIES; each++) {
+        longest = std::max(longest, queries[each].length);
+        shortest = std::min(shortest, queries[each].length);
     }
-    for (int head = 0; head < HEADS; head++)
-        for (int part = 0; part < PARTS; part++)
-            store(attended_HF + (head * PARTS + part) * LANES, sums[head][part] / wholes[head]);
+    const int64_t stride = padded(longest);
+    score<Cached, PARTS, QUERIES>(queries, context, longest, is_near, scores_QT);
+    float wholes[QUERIES];
+    for (int each = 0; each < QUERIES; each++)
+        wholes[each] = exponentials(scores_QT + each * stride, queries[each].length, stride);
+    for (int part = 0; part < PARTS; part++) {
+        Floats sums[QUERIES] = {};
+        for (int64_t position = 0; position < shortest; position++) {
+            const Floats values = load(context.value(position) + part * LANES);
+            for (int each = 0; each < QUERIES; each++) sums[each] += scores_QT[each * stride + position] * values;
+        }
+        // What a later token holds, be it no number, is nothing to an earlier one.
+        for (int64_t position = shortest; position < longest; position++) {
+            const Floats values = load(context.value(position) + part * LANES);
+            for (int each = 0; each < QUERIES; each++)
+                if (position < queries[each].length) sums[each] += scores_QT[each * stride + position] * values;
+        }
+        for (int each = 0; each < QUERIES; each++)
+            store(queries[each].attended + part * LANES, sums[each] / wholes[each]);
+    }
 }
 
 template <class Cached, int PARTS>
-void attend_group(const float *query_HF, int64_t num_heads, const Context<Cached> &context, float *scores,
-                  float *attended_HF) {
-    constexpr int64_t WIDTH = PARTS * LANES;
-    for (int64_t head = 0; head < num_heads; head += MOST_HEADS) {
-        const float *query = query_HF + head * WIDTH;
-        float *attended = attended_HF + head * WIDTH;
-        switch (std::min<int64_t>(MOST_HEADS, num_heads - head)) {
-        case 1: attend_heads<Cached, PARTS, 1>(query, context, scores, attended); break;
-        case 2: attend_heads<Cached, PARTS, 2>(query, context, scores, attended); break;
-        case 3: attend_heads<Cached, PARTS, 3>(query, context, scores, attended); break;
-        default: attend_heads<Cached, PARTS, 4>(query, context, scores, attended); break;
-        }
-    }
+void attend_all(const std::vector<Query> &queries, const Context<Cached> &context, float *scores) {
+    const Query *next = queries.data(), *end = next + queries.size();
+    const auto attend = [&](auto together) {
+        constexpr int QUERIES = decltype(together)::value;
+        for (; end - next >= QUERIES; next += QUERIES)
+            attend_together<Cached, PARTS, QUERIES>(next, context, next != queries.data(), scores);
+    };
+    attend(std::integral_constant<int, 9>{});
+    attend(std::integral_constant<int, 6>{});
+    attend(std::integral_constant<int, 4>{});
+    attend(std::integral_constant<int, 3>{});
+    attend(std::integral_constant<int, 2>{});
+    attend(std::integral_constant<int, 1>{});
 }
 
-// Numbers that `attend_token` needs room for.
-int64_t num_scores(int64_t longest) { return MOST_HEADS * (longest + LANES); }
+// Numbers that `attend_row` needs room for.
+int64_t num_scores(int64_t longest) { return MOST_QUERIES * (longest + LANES); }
 
+// Tokens first … last − 1, all of one row, whose queries lie `stride` apart.
 template <class Cached>
-void attend_token(const Model &model, const Layer &layer, const Tokens &tokens, int64_t token, const float *query,
-                  float *scores, float *attended) {
+void attend_row(const Model &model, const Layer &layer, const Tokens &tokens, int64_t first, int64_t last,
+                const float *queries, int64_t stride, float *scores, float *attended) {
+    static thread_local std::vector<Query> together;
     const int64_t width = model.head_width, repeats = model.num_heads / model.num_kv_heads;
+    const int64_t query_width = model.num_heads * width;
     for (int64_t group = 0; group < model.num_kv_heads; group++) {
         const Cached *keys = static_cast<const Cached *>(layer.cache) + group * width;
         const Context<Cached> context{keys, keys + model.num_kv_heads * width, 2 * model.num_kv_heads * width,
-                                      tokens.position(token) + 1, tokens.slots(token)};
-        const int64_t first = group * repeats * width;
-        const auto attend = [&](auto parts) {
-            attend_group<Cached, decltype(parts)::value>(query + first, repeats, context, scores, attended + first);
-        };
+                                      tokens.slots(first)};
+        together.clear();
+        for (int64_t token = first; token < last; token++)
+            for (int64_t head = group * repeats; head < (group + 1) * repeats; head++)
+                together.push_back({queries + token * stride + head * width, attended + token * query_width + head * width,
+                                    tokens.position(token) + 1});
+        const auto attend = [&](auto parts) { attend_all<Cached, decltype(parts)::value>(together, context, scores); };
         switch (width / LANES) {
         case 1: attend(std::integral_constant<int, 1>{}); break;
         case 2: attend(std::integral_constant<int, 2>{}); break;

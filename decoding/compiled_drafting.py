@@ -5,8 +5,6 @@ Knows which plans compiled code drafts for; knows nothing of how it does.
 
 from __future__ import annotations
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from decoding.attention import Attention
@@ -20,7 +18,7 @@ from decoding.route import Route
 
 
 class CompiledDrafter(EarlyExitDrafter):
-    """Drafts step by step only for rows that leave at different exit layers, edit logits or take the best k."""
+    """Drafts step by step only for rows that leave at different exit layers or edit logits."""
 
     def __init__(self, model: CompiledDecoder, attention: Attention) -> None:
         super().__init__(model, attention)
@@ -28,15 +26,11 @@ class CompiledDrafter(EarlyExitDrafter):
 
     def draft(self, plan: Plan, route: Route, slots_BT: Ints, last_ids_B: Tensor) -> Drafts:
         """Draft for every row with a draft length; `last_ids_B` are the rows' committed, uncomputed tokens."""
-        if (
-            any(plan.edited)
-            or plan.sampling.any_top_k
-            or any(s.order_P is not None for s in route.draft_steps)
-        ):
+        if any(plan.edited) or any(s.order_P is not None for s in route.draft_steps):
             return super().draft(plan, route, slots_BT, last_ids_B)
         ids_M, exits_MD = self._compiled.draft(
             route.draft_steps[0].legs[-1].last,
-            np.array([step.num_rows for step in route.draft_steps]),
+            plan.draft_lengths_B,
             last_ids_B,
             slots_BT,
             plan.num_computed_B,
@@ -47,10 +41,6 @@ class CompiledDrafter(EarlyExitDrafter):
 
 def make_drafter(model: LlamaDecoder, attention: Attention, head: DraftHead | None) -> EarlyExitDrafter:
     """The fastest that this model, and a draft head if there is one, allow."""
-    if (
-        isinstance(model, CompiledDecoder)
-        and head is None
-        and model.weights.embedding_VD.dtype == torch.float32
-    ):
+    if isinstance(model, CompiledDecoder) and head is None:
         return CompiledDrafter(model, attention)
     return EarlyExitDrafter(model, attention, head)

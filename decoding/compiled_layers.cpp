@@ -68,9 +68,10 @@ void run(const Model &model, int64_t first, int64_t last, float *hidden, const T
         normalise(hidden, count, width, layer.attention_norm, model.eps, normed);
         multiply(normed, count, width, static_cast<const Weight *>(layer.qkv), qkv_width, qkv);
         rotate_and_store<Cached>(model, layer, tokens, qkv);
-        for (int64_t token = 0; token < count; token++)
-            attend_token<Cached>(model, layer, tokens, token, qkv + token * qkv_width, scores,
-                                 attended + token * query_width);
+        for (int64_t first_token = 0, end; first_token < count; first_token = end) {
+            for (end = first_token + 1; end < count && tokens.rows[end] == tokens.rows[first_token];) end++;
+            attend_row<Cached>(model, layer, tokens, first_token, end, qkv, qkv_width, scores, attended);
+        }
         multiply(attended, count, query_width, static_cast<const Weight *>(layer.attention_out), width, added);
         add();
         normalise(hidden, count, width, layer.mlp_norm, model.eps, normed);
@@ -105,6 +106,19 @@ extern "C" void run_layers(const Model *model, int64_t first, int64_t last, floa
         else
             run<decltype(weight), Bfloat16>(*model, first, last, hidden, *tokens);
     });
+}
+
+namespace {
+
+template <class Stored> void widen(const void *embedding, int64_t id, int64_t width, float *hidden) {
+    const Stored *from = static_cast<const Stored *>(embedding) + id * width;
+    for (int64_t at = 0; at < width; at += LANES) store(hidden + at, load(from + at));
+}
+
+} // namespace
+
+extern "C" void embed(const Model *model, const void *embedding, int64_t id, float *hidden) {
+    (model->cached == 0 ? widen<float> : widen<Bfloat16>)(embedding, id, model->width, hidden);
 }
 
 extern "C" void head_logits(const Model *model, const float *norm, const void *head, int64_t num_outputs,

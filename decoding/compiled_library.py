@@ -21,8 +21,8 @@ from config.errors import SettingsError
 _SOURCES: Final = tuple(
     Path(__file__).with_name(f"compiled_{name}")
     for name in (
-        *("layers.cpp", "choice.cpp", "drafts.cpp"),
-        *("attention.h", "model.h", "multiply.h", "vectors.h"),
+        *("layers.cpp", "choice.cpp", "drafts.cpp", "draft_head.cpp", "step.cpp"),
+        *("attention.h", "model.h", "multiply.h", "step.h", "vectors.h"),
     )
 )
 _COMPILERS: Final = ("g++", "clang++", "c++")

@@ -39,10 +39,13 @@ extern "C" {
 // Layers first … last − 1, in place.
 void run_layers(const Model *model, int64_t first, int64_t last, float *hidden, const Tokens *tokens);
 
+// A token's residual stream before any layer.
+void embed(const Model *model, const void *embedding, int64_t id, float *hidden);
+
 void head_logits(const Model *model, const float *norm, const void *head, int64_t num_outputs, const float *hidden,
                  int64_t count, float *logits);
 
-void choose_tokens(const float *logits, int64_t count, int64_t vocab_size, int64_t stride, const double *temperatures,
-                   const double *top_ps, const double *min_ps, const int32_t *first_keys, const int32_t *second_keys,
-                   const int64_t *positions, int64_t *chosen);
+void choose_tokens(const float *logits, const int32_t *ids, int64_t count, int64_t vocab_size, int64_t stride,
+                   const double *temperatures, const int64_t *top_ks, const double *top_ps, const double *min_ps, const int32_t *first_keys, const int32_t *second_keys,
+                   const int64_t *positions, int64_t *chosen, float *margins);
 }

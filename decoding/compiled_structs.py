@@ -1,4 +1,4 @@
-"""The structures of compiled_model.h and compiled_drafts.cpp, field for field.
+"""The structures of compiled_model.h and compiled_step.h, field for field.
 
 Knows names and widths; knows nothing of what they hold.
 """
@@ -43,11 +43,51 @@ class Tokens(ctypes.Structure):
     ]
 
 
-class Drafting(ctypes.Structure):
-    """Which rows draft how often, from what, by which rule, and where it is put."""
+class DraftHead(ctypes.Structure):
+    """A head of some tokens, which they are, and in which order they were seen."""
+
+    _fields_ = [*_numbers("num_tokens"), *_pointers("panels ids places older newer")]
+
+
+class Ends(ctypes.Structure):
+    """What every layer is without: embeddings, rotations, norm, head, and a head for drafts if there is one."""
 
     _fields_ = [
-        *_numbers("num_steps exit_layer vocab_size num_outputs context_width"),
-        *_pointers("num_rows last_ids num_computed contexts embedding rotations norm head"),
-        *_pointers("temperatures top_ps min_ps first_keys second_keys ids exits"),
+        *_numbers("vocab_size num_outputs"),
+        *_pointers("embedding rotations norm head"),
+        ("drafts", ctypes.POINTER(DraftHead)),
+    ]
+
+
+class Rows(ctypes.Structure):
+    """How much of each row is computed, where its context lies, and by which rule its tokens are chosen."""
+
+    _fields_ = [
+        *_numbers("count context_width"),
+        *_pointers("num_computed contexts temperatures top_ks top_ps min_ps first_keys second_keys"),
+    ]
+
+
+class Confidence(ctypes.Structure):
+    """How likely drafts of each grade are kept."""
+
+    _fields_ = [*_numbers("num_edges"), *_pointers("edges chances")]
+
+
+class Drafting(ctypes.Structure):
+    """Which rows draft how often, from what, until when, and where it is put."""
+
+    _fields_ = [
+        *_numbers("exit_layer"),
+        *_pointers("lengths last_ids least ids grades num_made exits"),
+    ]
+
+
+class Step(ctypes.Structure):
+    """What rows are fed, which of them choose, and where that is put."""
+
+    _fields_ = [
+        *_numbers("num_layers most_chosen num_surveyed"),
+        *_pointers("fed_ids num_fed num_looked_up chooses surveyed"),
+        *_pointers("num_chosen chosen grades agreed seconds"),
     ]

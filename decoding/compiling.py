@@ -15,8 +15,9 @@ from config.errors import SettingsError
 from config.setting_types import AttentionKind
 from config.settings import EngineSettings
 from decoding.checkpoint import ModelShape
-from decoding.compiled import CACHED, HEAD_WIDTHS, LANES
+from decoding.compiled import CACHED, HEAD_WIDTHS
 from decoding.compiled_library import build
+from decoding.panels import LANES
 from decoding.weights import Placement, Progress
 
 _SMALL_BYTES: Final = 64 << 20

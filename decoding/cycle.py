@@ -46,7 +46,8 @@ class Cycle:
         self._device = model.device
         self._routes = Routes(attention, num_layers=model.num_layers, device=model.device)
         self._drafter = make_drafter(model, attention, draft_head)
-        self._draft_head = draft_head
+        self._see = model.see if draft_head is None else draft_head.see
+        self._sees = draft_head is not None or model.drafts_among_few
         self._draft_model = draft_model
         self._verifier = Verifier(model, attention)
         self._offsets = np.arange(block_size, dtype=np.int64)
@@ -57,7 +58,7 @@ class Cycle:
         """Compute the plan's tokens; every row that chooses gets at least one new token."""
         started = self._clock()
         route = self._routes.of(plan)
-        slots_BT = self._slots(plan.blocks_BW)
+        slots_BT = self.slots(plan.blocks_BW)
         fed_N = torch.from_numpy(plan.fed_N).to(self._device, non_blocking=True)
         ids_N, exits_MD = fed_N, None
         if route.draft_steps:
@@ -72,8 +73,8 @@ class Cycle:
             self._draft_model.follow(plan, slots_BT)
         verified = self._verifier.verify(plan, route, slots_BT, ids_N, exits_MD)
         chosen = self._keep(plan, route, ids_N, verified.choices_BQ)
-        if self._draft_head is not None:
-            self._draft_head.see(np.array([*plan.fed_N.tolist(), *chain.from_iterable(chosen)]))
+        if self._sees:
+            self._see(np.array([*plan.fed_N.tolist(), *chain.from_iterable(chosen)]))
         reported = self._report(plan, route, ids_N, verified, chosen)
         verify_s = self._clock() - drafted
         return Result(
@@ -118,5 +119,6 @@ class Cycle:
             )
         return tuple(reported)
 
-    def _slots(self, blocks_BW: Ints) -> Ints:
+    def slots(self, blocks_BW: Ints) -> Ints:
+        """The cache slots of each row's positions, [B, T]."""
         return (blocks_BW[:, :, None] * len(self._offsets) + self._offsets).reshape(len(blocks_BW), -1)

@@ -18,6 +18,7 @@ from decoding.attention import Attention, Queries
 from decoding.coupling import choose
 from decoding.linear import Linear
 from decoding.logits import Sampling
+from decoding.ragged import Ints
 
 
 class RmsNorm:
@@ -99,6 +100,14 @@ class LlamaDecoder:
     def device(self) -> torch.device:
         """Where hidden states live."""
         return self._weights.embedding_VD.device
+
+    @property
+    def drafts_among_few(self) -> bool:
+        """Whether drafts are among tokens that it has to see."""
+        return False
+
+    def see(self, ids_N: Ints) -> None:
+        """These tokens came, for whoever drafts among those seen lately."""
 
     def embed(self, ids_N: Tensor) -> Tensor:
         """Hidden states that enter layer 0: [N, D]."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-LENGTH_CLASSES: Final = np.array([8, 32])
+LENGTH_CLASSES: Final = (8, 32)
 """Longest rows of the classes of length. Those of one class are cheap to pad to one another, but for the last."""
 
 

@@ -19,7 +19,8 @@ from decoding.attention import Attention, AttentionShape
 from decoding.attentions import make_attention
 from decoding.capacity import Capacity, exceeds_device, plan_capacity, weight_bytes
 from decoding.checkpoint import Checkpoint
-from decoding.compiled import CompiledDecoder, PanelLinear, make_compiled
+from decoding.compiled import CompiledDecoder, make_compiled
+from decoding.compiled_cycle import CompiledCycle
 from decoding.compiling import compiles_layers
 from decoding.coupling import warm_up as warm_up_choices
 from decoding.cycle import Cycle
@@ -34,6 +35,7 @@ from decoding.kv_cache import KVCache
 from decoding.memory_profile import activation_bytes
 from decoding.memory_shortage import needing_memory
 from decoding.model import LlamaDecoder, Weights
+from decoding.panels import PanelLinear
 from decoding.parallel import Ranks, rank_device, rank_threads
 from decoding.sharding import Shard
 from decoding.stepping import Runner
@@ -48,6 +50,11 @@ class Runtime:
     model: LlamaDecoder
     cycle: Runner
     draft_model: LlamaDecoder | None = None
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether rows may stop drafting where they are unsure."""
+        return isinstance(self.cycle, CompiledCycle)
 
     @property
     def is_compiled(self) -> bool:
@@ -95,7 +102,8 @@ def build_runtime(
         num_bytes=_weight_bytes(checkpoints, placement),
         offloads=offloads,
     ):
-        placement = replace(placement, form=PanelLinear)
+        # Compiled code has a head of its own for drafts.
+        placement = replace(placement, form=PanelLinear, shows_head=False)
     with needing_memory(
         "while the weights were loaded",
         remedy="pass a smaller model, a dtype of fewer bytes, or loader accelerate, which leaves them on disk",
@@ -120,13 +128,16 @@ def build_runtime(
     )
     with needing_memory("for the KV cache", remedy=f"lower {_bound_of_cache(settings, device)}"):
         (model, attention), *others = [
-            build_decoder(settings, checkpoint, capacity, of_checkpoint)
+            # A separate draft model drafts with its whole head.
+            build_decoder(
+                settings, checkpoint, capacity, of_checkpoint, drafts_early=of_checkpoint is weights[0]
+            )
             for checkpoint, of_checkpoint in zip(checkpoints.all, weights, strict=True)
         ]
     draft_model = DraftModel(*others[0]) if others else None
     warm_up_choices(model.weights.embedding_VD)
     draft_head = make_draft_head(settings, weights[0])
-    cycle: Runner = Cycle(
+    by_parts = Cycle(
         model,
         attention,
         block_size=capacity.block_size,
@@ -134,13 +145,21 @@ def build_runtime(
         draft_model=draft_model,
         draft_head=draft_head,
     )
+    cycle: Runner = by_parts
+    if isinstance(model, CompiledDecoder) and draft_head is None and draft_model is None:
+        cycle = CompiledCycle(by_parts, model)
     if recorder is not None:
-        cycle = GraphedCycle.of(cycle, model, recorder, graph_sizes(settings, capacity), draft_head)
+        cycle = GraphedCycle.of(by_parts, model, recorder, graph_sizes(settings, capacity), draft_head)
     return Runtime(model, ranks.together(cycle, device), draft_model.model if draft_model else None), capacity
 
 
 def build_decoder(
-    settings: EngineSettings, checkpoint: Checkpoint, capacity: Capacity, weights: Weights
+    settings: EngineSettings,
+    checkpoint: Checkpoint,
+    capacity: Capacity,
+    weights: Weights,
+    *,
+    drafts_early: bool = False,
 ) -> tuple[LlamaDecoder, Attention]:
     """A model of these weights, with a cache of its own."""
     sizes = checkpoint.shape
@@ -155,7 +174,8 @@ def build_decoder(
     )
     turns_TF = rotations(checkpoint, capacity.num_positions, device, dtype)
     if isinstance(weights.head, PanelLinear):
-        return make_compiled(weights, shape, cache, turns_TF)
+        num_drafted = settings.draft_vocab_size if drafts_early else sizes.vocab_size
+        return make_compiled(weights, shape, cache, turns_TF, draft_vocab_size=num_drafted)
     attention = make_attention(
         settings.attention,
         shape=shape,

@@ -45,13 +45,20 @@ class RaggedChooser(FixedChoice):
         self._rng = np.random.default_rng(seed)
         self._longest = longest
 
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
+    def choose(
+        self,
+        rows: Sequence[DraftingRow],
+        *,
+        among: ExitLayers = (),
+        num_others: int = 0,
+        can_stop: bool = False,
+    ) -> Choice:
         self.exit_layer = int(self._rng.choice([2, 2, 2, 3]))
         most = self._longest if self._rng.random() < 0.8 else 0
         lengths = [int(self._rng.integers(0, min(row.limit, most) + 1)) for row in rows]
         return Choice(self.exit_layer, tuple(lengths))
 
-    def lookup_length(self, num_rows: int, limit: int) -> int:
+    def lookup_length(self, num_rows: int, limit: int, *, num_matched: int, may_exit: bool) -> int:
         return int(self._rng.integers(0, min(limit, self._longest) + 1))
 
 
