@@ -42,6 +42,8 @@ class Ask:
             "top_p": 0.95 if self.temperature else 1.0,
             "seed": 7,
             "stream": True,
+            # Otherwise some tokens have no text, and none is sent for them: what is a gap could not be told.
+            "skip_special_tokens": False,
             "stream_options": {"include_usage": True},
             **(auto if self.draft_length is None else {"draft_length": self.draft_length}),
         }

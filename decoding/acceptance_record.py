@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 
+from decoding.confidence import ConfidenceRecord
 from decoding.step_costs import Floats
 
 _FADING: Final = 0.995
@@ -80,7 +81,7 @@ class AcceptanceRecord:
     """Per-position acceptance by exit layer.
 
     What was never tried is guessed from the nearest layer that was, at the beginning from `first_acceptance` at
-    `first_exit_layer`.
+    `first_exit_layer`. `confidence` says how sure drafts were, where choices tell.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class AcceptanceRecord:
         self._first = first_exit_layer, first_acceptance
         self._reached_LK = np.zeros((num_layers, max(1, max_draft_length)))
         self._kept_LK = np.zeros_like(self._reached_LK)
+        self.confidence = ConfidenceRecord(num_layers)
         self._pending: dict[int, list[tuple[int, int]]] = {}
         self._curves: dict[int, Floats] = {}
         self._expected: dict[int, list[float]] = {}
@@ -103,6 +105,7 @@ class AcceptanceRecord:
 
     def refresh(self) -> None:
         """Count what was recorded."""
+        self.confidence.refresh()
         for exit_layer, fates in self._pending.items():
             fading = _FADING ** len(fates)
             self._reached_LK[exit_layer] *= fading
@@ -127,6 +130,7 @@ class AcceptanceRecord:
         is_old_L = np.arange(self._num_layers) != but
         self._reached_LK[is_old_L] *= _LONG_AGO
         self._kept_LK[is_old_L] *= _LONG_AGO
+        self.confidence.fade(but=but)
         self._curves.clear()
         self._expected.clear()
 

@@ -102,7 +102,7 @@ class Engine:
             "while steps were measured", remedy="lower memory_fraction or max_num_batched_tokens"
         ):
             chooser = Warmup(settings, capacity, speculation, num_layers=checkpoint.shape.num_layers).chooser(
-                runtime.cycle, scheduler, clock=clock
+                runtime.cycle, scheduler, clock=clock, can_stop=runtime.can_stop
             )
         ready = Ready(
             model=settings.model,
@@ -124,7 +124,10 @@ class Engine:
         return self._scheduler.has_work
 
     def submit(self, request: Generate) -> None:
-        """Queue a request that the limits in `ready` allow."""
+        """Queue a request that the limits in `ready` allow. Raises ValueError for ids that are no tokens."""
+        ids = (*request.prompt_ids, *request.resumed_ids)
+        if not 0 <= min(ids, default=0) <= max(ids, default=0) < self.ready.limits.vocab_size:
+            raise ValueError(f"token ids must be from 0 to {self.ready.limits.vocab_size - 1}")
         self._scheduler.submit(request)
 
     def abort(self, sequence_ids: Iterable[int]) -> None:
@@ -153,7 +156,7 @@ class Engine:
             draft_s=result.draft_s,
             verify_s=result.verify_s,
             host_s=host_s,
-            num_tokens=plan.num_tokens,
+            num_tokens=result.num_tokens(plan),
         )
         return structs.replace(self.report(), decoded=decoded, times=times)
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from decoding.acceptance_record import AcceptanceRecord
 from decoding.choice import ExitLayers
-from decoding.weighing import MARGIN, Batch, Candidate, Weigher
+from decoding.weighing import MARGIN, AnyWeigher, Batch, Candidate
 
 _SOON_STEPS: Final = 16
 _SETTLED_STEPS: Final = 256
@@ -25,7 +25,7 @@ _SURVEY_STEPS: Final = 24
 _SURVEYED_TOKENS: Final = 32
 """Steps between two surveys at the beginning; twice as many for each so many tokens that were surveyed."""
 
-_MOST_SURVEYED: Final = 4
+_MOST_SURVEYED: Final = 6
 """Exit layers that one survey takes in: each costs a head."""
 
 _WORTH_A_LOOK: Final = 1.02
@@ -52,7 +52,7 @@ class Explorer:
     step of the next one.
     """
 
-    def __init__(self, weigher: Weigher, record: AcceptanceRecord, exit_layers: Sequence[int]) -> None:
+    def __init__(self, weigher: AnyWeigher, record: AcceptanceRecord, exit_layers: Sequence[int]) -> None:
         self._weigher = weigher
         self._record = record
         self._exit_layers = exit_layers
@@ -80,10 +80,11 @@ class Explorer:
 
         Only the given exit layers may be used; all may be, and are surveyed, where there are none.
         """
-        if chosen.drafts:
-            self.pays = True
         if step < self.next_look:
             return None
+        # Not as soon as a few were kept by chance.
+        if chosen.drafts:
+            self.pays = True
         self._is_surveys_turn = not self._is_surveys_turn
         plain = self._weigher.plain(chosen.exit_layer, batch)
         if not chosen.drafts:
@@ -103,7 +104,7 @@ class Explorer:
         self, step: int, plain: Candidate, best: Candidate, batch: Batch, layers: ExitLayers
     ) -> Look:
         """Soon after drafting was given up, then ever more seldom."""
-        self.pays = not self._is_hopeless(batch.longest)
+        self.pays = not self._is_hopeless(batch)
         self._interval = min(2 * self._interval, _SETTLED_STEPS if self.pays else _HOPELESS_STEPS)
         self.next_look = step + self._interval
         # Are they kept by now, and cost what they did? What was seen long ago says less of that.
@@ -111,7 +112,10 @@ class Explorer:
         surveyed = () if layers else self._hopeful(plain, batch)
         if surveyed and self._is_surveys_turn:
             return self._survey(plain, surveyed, batch)
-        return Look(best if self.pays else replace(plain, lengths=(1,) * len(plain.lengths)), _LOOKED_STEPS)
+        # One draft tells as much as several do, and nobody waits long for it.
+        drafting = best if self.pays else plain
+        once = replace(drafting, lengths=(1,) * len(drafting.lengths), expected_length=1.0)
+        return Look(once, _LOOKED_STEPS)
 
     def _survey(self, plain: Candidate, surveyed: ExitLayers, batch: Batch) -> Look:
         return Look(plain, max(1, _LOOKED_STEPS // batch.num_rows), surveyed)
@@ -128,10 +132,12 @@ class Explorer:
         hopeful.sort(key=lambda each: -each.rate)
         return tuple(sorted(each.exit_layer for each in hopeful[:_MOST_SURVEYED]))
 
-    def _is_hopeless(self, longest: int) -> bool:
+    def _is_hopeless(self, batch: Batch) -> bool:
         """Whether enough was seen, and no draft promises anything to a row that is alone."""
         if self._num_tokens < _HOPELESS_TOKENS or self._interval < _SETTLED_STEPS:
             return False
-        alone = Batch.of([1.0], longest=longest, num_others=0)
+        alone = Batch.of(
+            [1.0], longest=batch.longest, num_others=0, num_sampled=int(batch.num_sampled > batch.num_greedy)
+        )
         best = max(self._weigher.best_at(self._exit_layers, alone), key=lambda each: each.rate)
         return best.rate <= MARGIN * self._weigher.plain(best.exit_layer, alone).rate

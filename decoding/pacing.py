@@ -12,8 +12,11 @@ _STRETCH: Final = 1.25
 """Prompts' part of a step may take so many times what the step takes without it, where no more rows wait for their
 first token than for their next."""
 
-_LEAST_TOKENS: Final = 8
+_LEAST_TOKENS: Final = 6
 """A prompt always comes on by so many tokens. Shorter parts say little of what longer ones cost."""
+
+_LEAST_S: Final = 1e-6
+"""A part that seemed to take no time took some: what is believed to take none would never be held back again."""
 
 _MANY_PARTS: Final = 4
 """A prompt is long that takes more steps than these."""
@@ -54,7 +57,7 @@ class PromptPacer:
             return
         beside_s = self._step_s.get((size, drafts)) if size else 0.0
         if beside_s is not None and sum(prompt_parts) >= _LEAST_TOKENS:
-            self._token_s = _moved(self._token_s, max(0.0, seconds - beside_s) / sum(prompt_parts))
+            self._token_s = _moved(self._token_s, max(_LEAST_S, seconds - beside_s) / sum(prompt_parts))
 
     def num_prompt_tokens(self, *, num_decoding: int, num_beginning: int, most: int) -> int:
         """How many tokens of prompts, `most` or less, may join a step of rows that decode, while others begin."""
@@ -76,9 +79,11 @@ class PromptPacer:
         return is_due
 
 
-def is_long_prompt(num_fed: int, num_pending: int) -> bool:
-    """Whether a sequence with so many tokens to compute, of which a step takes some, needs many such steps."""
-    return num_fed > 1 and num_pending > _MANY_PARTS * num_fed
+def is_long_prompt(num_fed: int, *, num_pending: int, num_uncached: int) -> bool:
+    """Whether a step takes part of a prompt that needs many such steps, from its first token that was not cached
+    to its last: at its end, too, a part and drafts together would make a step long.
+    """
+    return num_pending > 1 and num_uncached > _MANY_PARTS * num_fed
 
 
 def _moved(known: float | None, seen: float) -> float:

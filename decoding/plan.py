@@ -7,6 +7,7 @@ Shapes: B rows, N tokens fed, W blocks of the longest row, K drafts, Q verified 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -58,6 +59,16 @@ class Following:
 
 
 @dataclass(frozen=True, slots=True)
+class Stops:
+    """Row b stops drafting behind a draft with which the chance that all of its drafts are kept falls below
+    `least_B[b]`, float32; `chances_2G` are those of drafts by their grades, of greedy rows and of sampled ones.
+    """
+
+    chances_2G: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+    least_B: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One step for B rows. Row b is fed `num_fed_B[b]` ≥ 1 known tokens from position `num_computed_B[b]` on.
 
@@ -67,7 +78,8 @@ class Plan:
     is plain decoding. Rows come in the order of falling draft lengths. Or a separate draft model drafts
     `model_lengths_B[b]` tokens for it, which run from layer 0 on; `following` is None without such a model.
     `edited` and `wanted` are None for rows that asked for nothing. What drafting at each exit layer of `surveyed`
-    would propose is compared with what is chosen; then nothing is drafted.
+    would propose is compared with what is chosen; then nothing is drafted. Where there are `stops`, rows may draft
+    less; whoever cannot tell how sure a draft is makes all.
     """
 
     sequence_ids: tuple[int, ...]
@@ -85,6 +97,7 @@ class Plan:
     edited: tuple[Edited | None, ...]
     wanted: tuple[Wanted | None, ...]
     surveyed: tuple[int, ...] = ()
+    stops: Stops | None = None
 
     @property
     def num_made_B(self) -> Ints:
@@ -136,14 +149,25 @@ class Result:
 
     Empty for rows that choose nothing. `reported[b]` is None where row b wanted nothing. `draft_s` and
     `verify_s` are wall seconds. `agreed[i][b]` says whether row b's token is what a draft at the i-th surveyed
-    exit layer would have been; it means nothing where the row chooses nothing.
+    exit layer would have been, and `surveyed_grades`, if they are known, how sure that would have been; both mean
+    nothing where the row chooses nothing. `grades[b]` are those of the drafts
+    that row b made by early exit; there are none of any row where the plan's were made, all of them.
     """
 
     chosen: tuple[tuple[int, ...], ...]
     reported: tuple[Reported | None, ...]
     draft_s: float
     verify_s: float
-    agreed: tuple[tuple[bool, ...], ...] = ()
+    agreed: Sequence[Sequence[bool]] = ()
+    surveyed_grades: Sequence[Sequence[int]] = ()
+    grades: tuple[tuple[int, ...], ...] = ()
+
+    def num_tokens(self, plan: Plan) -> int:
+        """Tokens that the verification pass computed: fewer than planned where rows stopped drafting."""
+        if not self.grades:
+            return plan.num_tokens
+        num_known = len(plan.fed_N)
+        return num_known + sum(map(len, self.grades)) + int(plan.model_lengths_B.sum())
 
     def of_one_token(self) -> Result:
         """The same as if no draft had been kept."""

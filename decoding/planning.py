@@ -6,25 +6,33 @@ Knows sequences and shares of a step; decides nothing and changes nothing.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
 
 from decoding.choice import ExitLayers
+from decoding.confidence import Stopping
 from decoding.edits import Edited, Editor
 from decoding.logits import Sampling
 from decoding.messages import Drafter, Generate
-from decoding.plan import Following, Plan, PromptScoring, Wanted
-from decoding.ragged import length_classes
+from decoding.plan import Following, Plan, PromptScoring, Result, Stops, Wanted
+from decoding.ragged import LENGTH_CLASSES
 from decoding.sequence import Sequence
+
+_KEPT_ORDERS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
     """A sequence's part of the next step: known tokens to feed, and drafts on top, looked up or to be made.
 
-    `exit_layer` is where `draft_length` drafts leave the stack; `model_length` drafts are a separate model's.
+    `exit_layer` is where `draft_length` drafts leave the stack, fewer if the row `may_stop`; `model_length` drafts
+    are a separate model's; those `looked_up` were found by `num_matched` ids. Once they are made, `grades` tell
+    how sure they were, where that is known.
     """
 
     sequence: Sequence
@@ -33,6 +41,9 @@ class Share:
     draft_length: int = 0
     model_length: int = 0
     looked_up: tuple[int, ...] = ()
+    num_matched: int = 0
+    may_stop: bool = False
+    grades: tuple[int, ...] = ()
 
     @property
     def num_drafts(self) -> int:
@@ -42,7 +53,7 @@ class Share:
     @property
     def length_class(self) -> int:
         """Of the tokens fed, looked-up drafts among them."""
-        return int(length_classes(np.array(self.num_fed + len(self.looked_up))))
+        return bisect_left(LENGTH_CLASSES, self.num_fed + len(self.looked_up))
 
     @property
     def num_followed(self) -> int:
@@ -91,7 +102,7 @@ class Plans:
     def __init__(self, device: torch.device, *, follows: bool = False) -> None:
         self._device = device
         self._follows = follows
-        self._sampling: tuple[list[Sequence], Sampling] | None = None
+        self._sampling: OrderedDict[tuple[int, ...], Sampling] = OrderedDict()
 
     @staticmethod
     def editor(request: Generate) -> Editor | None:
@@ -104,7 +115,7 @@ class Plans:
             stop_token_ids=request.stop_token_ids,
         )
 
-    def of(self, shares: list[Share], *, surveyed: ExitLayers = ()) -> Plan:
+    def of(self, shares: list[Share], surveyed: ExitLayers = (), stopping: Stopping | None = None) -> Plan:
         """The plan of these shares, in their order; none drafts if exit layers are `surveyed`.
 
         A loop over rows on the host: their numbers are Python's.
@@ -135,20 +146,50 @@ class Plans:
             edited=tuple(map(_edited, sequences)),
             wanted=tuple(map(_wanted, shares)),
             surveyed=surveyed,
+            stops=_stops(shares, stopping),
         )
 
     def _sampling_of(self, sequences: list[Sequence]) -> Sampling:
-        """The rows' sampling columns, kept as long as the batch holds the same sequences in the same order."""
-        if self._sampling is None or self._sampling[0] != sequences:
+        """The rows' sampling columns, kept for a while: batches of the same sequences come in few orders."""
+        places = tuple(s.place for s in sequences)
+        known = self._sampling.pop(places, None)
+        if known is None:
             params, seeds = [s.request.sampling for s in sequences], [s.request.seed for s in sequences]
-            self._sampling = (sequences, Sampling.of(params, seeds, self._device))
-        return self._sampling[1]
+            known = Sampling.of(params, seeds, self._device)
+        self._sampling[places] = known
+        if len(self._sampling) > _KEPT_ORDERS:
+            self._sampling.popitem(last=False)
+        return known
 
 
 def _edited(sequence: Sequence) -> Edited | None:
     if sequence.editor is None:
         return None
     return Edited.of(sequence.editor, sequence.token_ids, sequence.tally)
+
+
+def as_made(shares: list[Share], result: Result) -> list[Share]:
+    """The shares with the drafts that were made by early exit, where some rows stopped before their length."""
+    if not result.grades:
+        return shares
+    # Written out: to replace fields of what is frozen takes several times as long, in every step.
+    return [
+        Share(
+            *(share.sequence, share.num_fed, share.exit_layer, len(grades)),
+            may_stop=share.may_stop,
+            grades=grades,
+        )
+        if share.draft_length
+        else share
+        for share, grades in zip(shares, result.grades, strict=True)
+    ]
+
+
+def _stops(shares: list[Share], stopping: Stopping | None) -> Stops | None:
+    if stopping is None:
+        return None
+    least_B = np.array([stopping.least if share.may_stop else 0.0 for share in shares], dtype=np.float32)
+    return Stops(stopping.chances_2G, least_B)
 
 
 def _following(shares: list[Share]) -> Following:

@@ -36,7 +36,7 @@ class Beliefs(msgspec.Struct, frozen=True):
 
     `plain_step_ms` gives each row one token without drafts. `host_ms` is what such a step takes beside it, and
     `drafting_ms` what drafting takes beside draft steps and verifying. `lookup_acceptance` is what a looked-up
-    draft is expected to be kept with, whatever its position.
+    draft is expected to be kept with, whatever its position, by the number of ids that matched: two and more.
     """
 
     exit_layers: list[LayerBeliefs]
@@ -44,4 +44,4 @@ class Beliefs(msgspec.Struct, frozen=True):
     plain_step_ms: list[float]
     host_ms: list[float]
     drafting_ms: list[float]
-    lookup_acceptance: float
+    lookup_acceptance: list[float]

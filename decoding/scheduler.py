@@ -17,7 +17,7 @@ from decoding.choice import DraftChooser
 from decoding.messages import Decoded, Generate, Load
 from decoding.pacing import PromptPacer
 from decoding.plan import Plan, Reported, Result
-from decoding.planning import Plans, Share, StepLimits
+from decoding.planning import Plans, Share, StepLimits, as_made
 from decoding.sequence import Sequence
 from decoding.speculation import Speculator
 
@@ -108,14 +108,15 @@ class Scheduler:
             budget -= share.num_fed
         num_fed = sum(share.num_fed for share in shares)
         shares = self._speculator.add_drafts(shares, max(0, most - num_fed))
-        # Rows that are alike side by side are drafted and attended together.
-        shares.sort(key=lambda s: (-s.draft_length, s.length_class, len(s.sequence.token_ids)))
+        # Rows that are alike side by side are drafted and attended together; else their order stays.
+        shares.sort(key=lambda s: (-s.draft_length, s.length_class, len(s.sequence.token_ids).bit_length()))
         self._planned = shares
-        return self._plans.of(shares, surveyed=self._speculator.surveyed) if shares else None
+        speculator = self._speculator
+        return self._plans.of(shares, speculator.surveyed, speculator.stopping) if shares else None
 
     def commit(self, result: Result) -> list[Decoded]:
         """Apply the planned step's result; one event for each row that has chosen tokens."""
-        events = []
+        events, self._planned = [], as_made(self._planned, result)
         self._speculator.learn(self._planned, result)
         fed, drafts = [s.num_fed for s in self._planned], any(s.num_drafts for s in self._planned)
         self._pacer.observe(fed, result.draft_s + result.verify_s, drafts=drafts)

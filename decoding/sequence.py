@@ -62,6 +62,17 @@ class Sequence:
         return self.request.priority, self.place
 
     @property
+    def wants_only_tokens(self) -> bool:
+        """Whether its request asks for nothing but tokens, and edits no logits."""
+        request = self.request
+        return (
+            self.editor is None
+            and request.logprobs is None
+            and request.prompt_logprobs is None
+            and not request.traces_drafts
+        )
+
+    @property
     def num_pending(self) -> int:
         """Known tokens that are not computed."""
         return len(self.token_ids) - self.num_computed

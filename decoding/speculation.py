@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import compress
 from typing import Final, NamedTuple
 
-from decoding.choice import Choice, DraftChooser, DraftingRow, ExitLayers, Fate, StepOutcome
+from decoding.choice import Choice, DraftChooser, DraftingRow, ExitLayers, Fate, Seen, StepOutcome
+from decoding.confidence import Stopping
 from decoding.messages import Drafter
 from decoding.pacing import is_long_prompt
 from decoding.plan import Result
@@ -36,7 +37,7 @@ class Speculator:
 
     Rows that ask for different exit layers each draft at their own, unless it `promotes`: then all draft at the
     most promising of those. `latest` is what the chooser chose last; `surveyed` are exit layers whose drafts the
-    step does not make, but compares with what it chooses.
+    step does not make, but compares with what it chooses; `stopping` says when its rows stop by themselves.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Speculator:
         self._model_context = model_context
         self.latest = Choice(exit_layer=0, draft_lengths=())
         self.surveyed: ExitLayers = ()
+        self.stopping: Stopping | None = None
 
     @property
     def pays(self) -> bool:
@@ -66,14 +68,15 @@ class Speculator:
 
         None are made while a long prompt comes in: it and the rows beside it wait less for each other.
         """
-        if any(is_long_prompt(share.num_fed, share.sequence.num_pending) for share in shares):
+        if any(map(_is_of_long_prompt, shares)):
             budget = 0
         drafting = [
             share for share in shares if share.sequence.num_pending == 1 and share.sequence.num_remaining > 1
         ]
-        self.surveyed = ()
-        wishes = dict(self._wishes(drafting))
-        added = []
+        self.surveyed, self.stopping = (), None
+        can_stop = all(share.sequence.wants_only_tokens for share in shares)
+        wishes = dict(self._wishes(drafting, can_stop=can_stop))
+        added, num_left = [], len(wishes)
         for share in shares:
             request = share.sequence.request
             wish = wishes.get(request.sequence_id)
@@ -81,8 +84,11 @@ class Speculator:
                 exit_layer = request.exit_layer or self._chooser.exit_layer
                 added.append(Share(share.sequence, share.num_fed, exit_layer))
             else:
-                added.append(self._fulfil(share, wish, budget, num_rows=len(drafting)))
+                # Rows that stop by themselves seldom make all their drafts: each has its part of the budget.
+                own = budget // max(1, num_left) if self.stopping else budget
+                added.append(self._fulfil(share, wish, own, num_rows=len(drafting)))
                 budget -= added[-1].num_drafts
+                num_left -= 1
         if any(share.num_drafts for share in added):
             self.surveyed = ()
         return added
@@ -92,12 +98,21 @@ class Speculator:
         fates: dict[tuple[int, Drafter], list[Fate]] = {}
         for share, chosen in zip(shares, result.chosen, strict=True):
             if share.num_drafts and chosen:
-                fate = Fate(share.sequence.drafts, share.num_drafts, len(chosen) - 1)
+                fate = Fate(
+                    share.sequence.drafts,
+                    share.num_drafts,
+                    len(chosen) - 1,
+                    share.grades,
+                    _is_sampled(share),
+                    # Without grades it made all that were planned.
+                    share.may_stop and bool(share.grades),
+                    share.num_matched,
+                )
                 fates.setdefault((share.exit_layer, share.drafter), []).append(fate)
         for (exit_layer, drafter), of_rows in fates.items():
             self._chooser.drafted(exit_layer, drafter, of_rows)
         if self.surveyed:
-            self._chooser.surveyed(self._agreed(shares, result))
+            self._chooser.surveyed(self._seen(shares, result))
             return
         exit_layers = {share.exit_layer for share in shares if share.draft_length}
         exit_layer = max(exit_layers, default=1)
@@ -112,27 +127,36 @@ class Speculator:
                 )
             )
 
-    def _agreed(self, shares: Sequence[Share], result: Result) -> dict[int, list[bool]]:
+    def _seen(self, shares: Sequence[Share], result: Result) -> dict[int, list[Seen]]:
         """What a survey found, of rows that might have drafted."""
         is_asked = [
             share.num_fed == 1 and bool(chosen) and share.sequence.request.drafter in _BY_EARLY_EXIT
             for share, chosen in zip(shares, result.chosen, strict=True)
         ]
+        is_sampled = [_is_sampled(share) for share in shares]
+        unknown: list[list[int | None]] = [[None] * len(shares)] * len(self.surveyed)
+        graded = zip(self.surveyed, result.agreed, result.surveyed_grades or unknown, strict=True)
         return {
-            layer: list(compress(agreed, is_asked))
-            for layer, agreed in zip(self.surveyed, result.agreed, strict=False)
+            layer: list(compress(map(Seen, agreed, grades, is_sampled), is_asked))
+            for layer, agreed, grades in graded
         }
 
     def host_took(self, shares: Sequence[Share], host_s: float) -> None:
         """Tell the chooser what a step took beside drafting and verifying."""
-        drafts = any(share.num_drafts for share in shares)
-        self._chooser.host_took(len(shares), host_s, drafts=drafts)
+        # With part of a prompt it takes longer.
+        if all(share.num_fed == 1 for share in shares):
+            drafts = any(share.num_drafts for share in shares)
+            self._chooser.host_took(len(shares), host_s, drafts=drafts)
 
-    def _wishes(self, drafting: Sequence[Share]) -> Iterator[tuple[int, _Wish]]:
+    def _wishes(self, drafting: Sequence[Share], *, can_stop: bool) -> Iterator[tuple[int, _Wish]]:
         """What each row would draft by early exit if there were no end of budget and blocks, by sequence id."""
         exiting = [share for share in drafting if share.sequence.request.drafter in _BY_EARLY_EXIT]
-        for among, together in self._groups(exiting):
-            choice = self._choose(among, together, num_rows=len(drafting))
+        groups = list(self._groups(exiting))
+        # Rows that leave at several exit layers are drafted for step by step.
+        can_stop &= len(groups) == 1
+        for among, together in groups:
+            choice = self._choose(among, together, num_rows=len(drafting), can_stop=can_stop)
+            self.stopping = choice.stopping
             for share, length in zip(together, choice.draft_lengths, strict=True):
                 yield share.sequence.request.sequence_id, _Wish(choice.exit_layer, length)
         for share in drafting:
@@ -151,7 +175,9 @@ class Speculator:
             together = [share for share in drafting if share.sequence.request.exit_layer == layer]
             yield () if layer is None else (layer,), together
 
-    def _choose(self, among: ExitLayers, together: Sequence[Share], *, num_rows: int) -> Choice:
+    def _choose(
+        self, among: ExitLayers, together: Sequence[Share], *, num_rows: int, can_stop: bool
+    ) -> Choice:
         """Draft lengths that requests give stand; the others are chosen together."""
         fixed = [share.sequence.request.draft_length for share in together]
         limits = [share.sequence.num_remaining - 1 for share in together]
@@ -159,13 +185,13 @@ class Speculator:
         chosen: Choice | None = None
         if any(is_open) or (len(among) != 1 and any(fixed)):
             rows = [
-                DraftingRow(limit, share.sequence.drafts)
+                DraftingRow(limit, share.sequence.drafts, _is_sampled(share))
                 for limit, share in zip(limits, together, strict=True)
             ]
             candidates = [row for row, left_open in zip(rows, is_open, strict=True) if left_open]
             choosing = candidates or rows
             chosen = self.latest = self._chooser.choose(
-                choosing, among=among, num_others=num_rows - len(choosing)
+                choosing, among=among, num_others=num_rows - len(choosing), can_stop=can_stop
             )
             self.surveyed = chosen.surveyed or self.surveyed
         lengths = iter(chosen.draft_lengths if chosen else ())
@@ -175,16 +201,17 @@ class Speculator:
                 next(lengths) if length is None else min(length, limit)
                 for length, limit in zip(fixed, limits, strict=True)
             ),
+            stopping=chosen.stopping if chosen else None,
         )
 
     def _fulfil(self, share: Share, wish: _Wish, budget: int, *, num_rows: int) -> Share:
         """The share with drafts of the kind its request asks for, as far as budget and blocks allow."""
         sequence, drafter = share.sequence, share.sequence.request.drafter
         looked_up: tuple[int, ...] = ()
-        if sequence.ngrams:
-            looked_up = sequence.ngrams.propose(
-                sequence.token_ids, min(self._lookup_length(sequence, num_rows), budget)
-            )
+        num_matched = sequence.ngrams.num_matched(sequence.token_ids) if sequence.ngrams else 0
+        if sequence.ngrams and num_matched:
+            length = self._lookup_length(sequence, num_rows, num_matched)
+            looked_up = sequence.ngrams.propose(sequence.token_ids, min(length, budget))
         exits_early = not looked_up and drafter in _BY_EARLY_EXIT
         by_model = self._model_length(sequence) if drafter is Drafter.MODEL else 0
         drafting = Share(
@@ -194,6 +221,8 @@ class Speculator:
             draft_length=min(wish.length, budget) if exits_early else 0,
             model_length=min(by_model, budget),
             looked_up=looked_up,
+            num_matched=num_matched,
+            may_stop=self.stopping is not None and sequence.request.draft_length is None,
         )
         is_possible = self._extend(sequence, 1 + drafting.num_drafts)
         return drafting if is_possible else Share(sequence, share.num_fed, wish.exit_layer)
@@ -208,9 +237,25 @@ class Speculator:
         room = self._model_context - len(sequence.token_ids)
         return min(length, sequence.num_remaining - 1, room + 1) if room >= 0 else 0
 
-    def _lookup_length(self, sequence: Stream, num_rows: int) -> int:
+    def _lookup_length(self, sequence: Stream, num_rows: int, num_matched: int) -> int:
         fixed, limit = sequence.request.draft_length, sequence.num_remaining - 1
-        return self._chooser.lookup_length(num_rows, limit) if fixed is None else min(fixed, limit)
+        if fixed is not None:
+            return min(fixed, limit)
+        may_exit = sequence.request.drafter in _BY_EARLY_EXIT
+        return self._chooser.lookup_length(num_rows, limit, num_matched=num_matched, may_exit=may_exit)
+
+
+def _is_of_long_prompt(share: Share) -> bool:
+    sequence = share.sequence
+    return is_long_prompt(
+        share.num_fed,
+        num_pending=sequence.num_pending,
+        num_uncached=len(sequence.token_ids) - sequence.num_cached_tokens,
+    )
+
+
+def _is_sampled(share: Share) -> bool:
+    return share.sequence.request.sampling.temperature > 0
 
 
 def _is_typical(share: Share) -> bool:

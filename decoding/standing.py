@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, Self
 
 from decoding.acceptance_record import RowRecord
 from decoding.choice import DraftingRow, ExitLayers
+from decoding.confidence import Stopping
 from decoding.weighing import Batch, Candidate
 
 _LONGEST_KEPT_STEPS: Final = 256
@@ -28,15 +29,24 @@ _USUAL: Final = 1.0
 
 
 class Occasion(NamedTuple):
-    """What a choice is made for: the exit layers that may be chosen, and about how many rows."""
+    """What a choice is made for: the exit layers that may be chosen, about how many rows, of which kinds, and
+    whether they can stop drafting by themselves.
+    """
 
     among: ExitLayers
     size: int
+    any_greedy: bool
+    any_sampled: bool
+    can_stop: bool
 
     @classmethod
-    def of(cls, among: ExitLayers, num_rows: int) -> Self:
+    def of(
+        cls, among: ExitLayers, rows: Sequence[DraftingRow], *, num_others: int, can_stop: bool = False
+    ) -> Self:
         """As rows come and go their number changes often, and what was chosen for it before still holds."""
-        return cls(among, round(math.log(num_rows) / math.log1p(_LIKE_ENOUGH)))
+        size = round(math.log(len(rows) + num_others) / math.log1p(_LIKE_ENOUGH))
+        kinds = {row.is_sampled for row in rows}
+        return cls(among, size, False in kinds, True in kinds, can_stop)
 
 
 class Span(NamedTuple):
@@ -50,7 +60,8 @@ class Span(NamedTuple):
 class Standing:
     """A choice in use, until a step, and what rows get: those that came since, what an unknown row would."""
 
-    exit_layer: int
+    candidate: Candidate
+    stopping: Stopping | None
     by_advantage: dict[float, int]
     by_row: dict[RowRecord, int]
     num_steps: int
@@ -66,6 +77,11 @@ class Standing:
             return True
         num_new = sum(row.record not in self.by_row for row in rows)
         return num_new <= _LIKE_ENOUGH * len(rows)
+
+    @property
+    def exit_layer(self) -> int:
+        """Where drafts leave."""
+        return self.candidate.exit_layer
 
     def length(self, row: DraftingRow) -> int:
         """How much a row drafts."""
@@ -84,13 +100,15 @@ class Standing:
         *,
         step: int,
         span: Span,
+        stopping: Stopping | None = None,
     ) -> Self:
         """What was chosen at this step for these rows, each with its advantage."""
         by_advantage = dict(zip(batch.advantages, chosen.lengths, strict=True))
         by_row = {record: by_advantage[advantage] for record, advantage in advantages}
         last_step = step + _LONGEST_KEPT_STEPS
         return cls(
-            chosen.exit_layer, by_advantage, by_row, span.num_steps, span.num_steps, last_step, span.surveyed
+            *(chosen, stopping, by_advantage, by_row),
+            *(span.num_steps, span.num_steps, last_step, span.surveyed),
         )
 
 

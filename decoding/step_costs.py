@@ -31,6 +31,9 @@ _PACE: Final = 0.1
 _SHARED_PACE: Final = 0.05
 """Share of a step's surprise that is believed, of its shape and of the whole machine, once its shape is known."""
 
+_HELD_UP_PACE: Final = 0.03
+"""The host is often held up, by a choice or by what comes and goes; what it takes otherwise is compared."""
+
 _NEAR: Final = 2.0
 """Exit layers so close to those mostly drafted at say how fast the machine is; others, what depth costs."""
 
@@ -111,7 +114,8 @@ class StepCosts:
         """Learn from any step; one that was held up counts little."""
         place = int(drafts), round(_place_of(num_rows))
         known_s = self._host_s_2R[place]
-        self._host_s_2R[place] += _PACE * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
+        pace = _HELD_UP_PACE if host_s > known_s else _PACE
+        self._host_s_2R[place] += pace * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
 
     def observe(
         self, exit_layer: int, draft_lengths: Sequence[int], *, draft_s: float, verify_s: float

@@ -40,7 +40,11 @@ class BeliefTeller:
 
 
 def beliefs_of(
-    costs: StepCosts, record: AcceptanceRecord, *, exit_layers: Sequence[int], lookup_acceptance: float
+    costs: StepCosts,
+    record: AcceptanceRecord,
+    *,
+    exit_layers: Sequence[int],
+    lookup_acceptance: Sequence[float],
 ) -> Beliefs:
     """What is expected of these exit layers, and of steps."""
     return Beliefs(
@@ -57,7 +61,7 @@ def beliefs_of(
         plain_step_ms=_in_ms([costs.plain_s(num_rows) for num_rows in _ROWS]),
         host_ms=_in_ms([costs.host_s(num_rows, drafts=False) for num_rows in _ROWS]),
         drafting_ms=_in_ms([_drafting_s(costs, num_rows) for num_rows in _ROWS]),
-        lookup_acceptance=round(lookup_acceptance, 3),
+        lookup_acceptance=[round(rate, 3) for rate in lookup_acceptance],
     )
 
 

@@ -100,9 +100,17 @@ class Warmup:
     num_layers: int
 
     def chooser(
-        self, cycle: Runner, make_scheduler: MakeScheduler, *, clock: Callable[[], float]
+        self,
+        cycle: Runner,
+        make_scheduler: MakeScheduler,
+        *,
+        clock: Callable[[], float],
+        can_stop: bool = False,
     ) -> DraftChooser:
-        """A controller that knows what steps cost here, or no controller where there is nothing to choose."""
+        """A controller that knows what steps cost here, or no controller where there is nothing to choose.
+
+        Where the cycle `can_stop`, rows may draft until they are unsure.
+        """
         chosen = self.speculation
         is_fixed = None not in (chosen.exit_layer, chosen.draft_length) or not self.settings.max_draft_length
         measured = [] if is_fixed else list(self._measured(cycle, make_scheduler, clock))
@@ -120,6 +128,7 @@ class Warmup:
             exit_layers=chosen.allowed_exit_layers if chosen.exit_layer is None else (chosen.exit_layer,),
             first_exit_layer=chosen.first_exit_layer,
             max_draft_length=longest,
+            can_stop=can_stop,
         )
 
     def _measured(

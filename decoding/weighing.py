@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median_high
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 
 from decoding.acceptance_record import SUREST, AcceptanceRecord, RowRecord
+from decoding.confidence import Stopping
 from decoding.step_costs import Counts, Floats, StepCosts
 
 MARGIN: Final = 1.04
@@ -28,26 +29,32 @@ class Batch:
     row and one draft at least.
 
     Rows that are alike draft alike, which also computes faster than odd lengths do. `num_others` rows are in the
-    step that do not draft with these.
+    step that do not draft with these. `num_sampled` of those that do have a temperature.
     """
 
     advantages: tuple[float, ...]
     counts_C: Counts
     longest: int
     num_others: int
+    num_sampled: int = 0
 
     @classmethod
-    def of(cls, advantages: Sequence[float], *, longest: int, num_others: int) -> Self:
+    def of(cls, advantages: Sequence[float], *, longest: int, num_others: int, num_sampled: int = 0) -> Self:
         """The kinds of row in a batch, the likeliest first."""
         counts = Counter(advantages)
         kinds = sorted(counts, reverse=True)
         counts_C = np.array([counts[advantage] for advantage in kinds], dtype=np.int64)
-        return cls(tuple(kinds), counts_C, longest, num_others)
+        return cls(tuple(kinds), counts_C, longest, num_others, num_sampled)
 
     @property
     def num_rows(self) -> int:
         """Rows of all kinds, and others."""
         return int(self.counts_C.sum()) + self.num_others
+
+    @property
+    def num_greedy(self) -> int:
+        """Rows at temperature 0 that draft."""
+        return int(self.counts_C.sum()) - self.num_sampled
 
     def kept_probabilities(self, curves_LK: Floats) -> Floats:
         """Probability that a run of drafts is kept up to each position, [L, C, K]."""
@@ -58,16 +65,38 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Draft lengths for the kinds of a batch, and the tokens a second they promise."""
+    """Draft lengths for the kinds of a batch, and the tokens a second they promise.
+
+    Rows that stop drafting by themselves do so where the chance that all drafts are kept falls below `least`, and
+    make `expected_length` drafts on average.
+    """
 
     exit_layer: int
     lengths: tuple[int, ...]
     rate: float
+    least: float = 0.0
+    expected_length: float | None = None
 
     @property
     def drafts(self) -> bool:
         """Whether any row drafts."""
         return any(self.lengths)
+
+
+class AnyWeigher(Protocol):
+    """What rates candidates."""
+
+    def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
+        """The best for each exit layer; with `hopes` if drafts are as good as they might be."""
+
+    def plain(self, exit_layer: int, batch: Batch) -> Candidate:
+        """No drafts."""
+
+    def rated(self, like: Candidate, batch: Batch) -> Candidate:
+        """The same, and the rate it promises this batch by what is known now."""
+
+    def stopping(self, candidate: Candidate) -> Stopping | None:
+        """When rows stop that draft so; None where they draft as far as they are told."""
 
 
 class Weigher:
@@ -118,12 +147,13 @@ class Weigher:
         seconds = self._costs.plain_s(batch.num_rows) + self._costs.host_s(batch.num_rows, drafts=False)
         return Candidate(exit_layer, (0,) * len(batch.advantages), batch.num_rows / seconds)
 
-    def rated(self, exit_layer: int, lengths: tuple[int, ...], batch: Batch) -> Candidate:
-        """These draft lengths at this exit layer, and the rate they promise this batch."""
+    def rated(self, like: Candidate, batch: Batch) -> Candidate:
+        """These draft lengths at this exit layer, and the rate they promise this batch by what is known now."""
+        exit_layer, lengths = like.exit_layer, like.lengths
         (kept_CK,) = batch.kept_probabilities(self._record.curves([exit_layer]))
         is_made_CK = np.arange(batch.longest) < np.array(lengths)[:, None]
         made_CK = is_made_CK * batch.counts_C[:, None]
-        if not any(lengths):
+        if not like.drafts:
             return self.plain(exit_layer, batch)
         drafting_K = made_CK.sum(axis=0)
         seconds = (
@@ -132,6 +162,9 @@ class Weigher:
             + self._other_s(exit_layer, batch.num_rows, np.array(batch.num_rows + drafting_K.sum()))
         )
         return Candidate(exit_layer, lengths, float((batch.num_rows + (made_CK * kept_CK).sum()) / seconds))
+
+    def stopping(self, candidate: Candidate) -> None:
+        """Rows draft as far as they are told."""
 
     def _other_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
         """Seconds of steps with drafts beside drafting, with so many tokens to verify."""

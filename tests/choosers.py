@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from decoding.acceptance_record import AcceptanceRecord
-from decoding.choice import Choice, DraftingRow, ExitLayers, FixedChoice, StepOutcome
+from decoding.choice import Choice, DraftingRow, ExitLayers, FixedChoice, Seen, StepOutcome
 from decoding.controller import Controller
 from decoding.measured_costs import StepTime, fitted_costs
 from decoding.step_costs import ROWS
@@ -29,7 +29,14 @@ class RandomChooser(FixedChoice):
         self.num_steps_learned = 0
         self.num_surveys = 0
 
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
+    def choose(
+        self,
+        rows: Sequence[DraftingRow],
+        *,
+        among: ExitLayers = (),
+        num_others: int = 0,
+        can_stop: bool = False,
+    ) -> Choice:
         self.exit_layer = int(self._rng.choice(among or range(1, NUM_LAYERS)))
         if self._rng.random() < 0.2:
             surveyed = self._rng.choice(
@@ -39,12 +46,12 @@ class RandomChooser(FixedChoice):
         lengths = [int(self._rng.integers(0, min(row.limit, LONGEST) + 1)) for row in rows]
         return Choice(self.exit_layer, tuple(lengths))
 
-    def lookup_length(self, num_rows: int, limit: int) -> int:
+    def lookup_length(self, num_rows: int, limit: int, *, num_matched: int, may_exit: bool) -> int:
         return int(self._rng.integers(0, min(limit, LONGEST) + 1))
 
-    def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
+    def surveyed(self, seen: Mapping[int, Sequence[Seen]]) -> None:
         self.num_surveys += 1
-        assert len({len(of_rows) for of_rows in agreed.values()}) == 1
+        assert len({len(of_rows) for of_rows in seen.values()}) == 1
 
     def observes(self, exit_layer: int, *, drafts: bool) -> bool:
         return True
@@ -75,7 +82,14 @@ class RestlessController(Controller):
         )
         self.choices: set[Choice] = set()
 
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
+    def choose(
+        self,
+        rows: Sequence[DraftingRow],
+        *,
+        among: ExitLayers = (),
+        num_others: int = 0,
+        can_stop: bool = False,
+    ) -> Choice:
         chosen = super().choose(rows, among=among, num_others=num_others)
         assert len(chosen.draft_lengths) == len(rows)
         self.choices.add(chosen)

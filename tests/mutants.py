@@ -134,6 +134,27 @@ MUTANTS = (
         "tests/test_controller.py::test_its_choice_equals_brute_force",
     ),
     Mutant(
+        "drafts behind one that was refused say nothing of how sure drafts are kept",
+        "decoding/confidence.py",
+        "for grade in grades[: count + 1]",
+        "for grade in grades",
+        "tests/test_confidence.py::test_shares_and_chances_are_those_of_drafts_that_were_reached",
+    ),
+    Mutant(
+        "a row stops drafting behind the draft that it is unsure of",
+        "decoding/compiled_drafts.cpp",
+        "&& !(chances[row] < drafting->least[row])",
+        "&& !(chances[row] < 0)",
+        "tests/test_stopping_rows.py::test_a_row_stops_behind_the_draft_with_which_too_little_is_left",
+    ),
+    Mutant(
+        "compiled code, too, keeps drafts up to the first that is refused",
+        "decoding/compiled_step.cpp",
+        "while (kept < num_drafts &&",
+        "while (kept + 1 < num_drafts &&",
+        "tests/test_compiled_cycle.py::test_one_call_does_what_the_parts_do[early_exit-float32]",
+    ),
+    Mutant(
         "a request is answered by the model it names",
         "server/served_models.py",
         "else self._by_name.get(name)",

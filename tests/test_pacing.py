@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from decoding.pacing import PromptPacer
+from decoding.pacing import PromptPacer, is_long_prompt
 from decoding.plan import Plan
 from decoding.scheduler import Scheduler
 from tests.test_scheduler import refused, request, scheduler
@@ -42,23 +42,27 @@ def test_a_step_with_a_part_of_a_prompt_takes_no_more_than_two_and_a_half_steps(
     assert sum(int(plan.num_fed_B[plan.num_fed_B > 1].sum()) for plan in with_prompt) == 1500
 
 
-def test_rows_draft_beside_short_prompts_and_the_last_parts_of_long_ones() -> None:
+def test_rows_draft_beside_short_prompts_and_not_beside_long_ones_to_their_last_part() -> None:
     under_test = scheduler()
     for sequence_id in range(4):
         under_test.submit(request(sequence_id, prompt=100, draft_length=2))
     for _ in range(20):
         step(under_test)
     under_test.submit(request(9, prompt=1500, draft_length=2))
-    left, drafting_at = 1500, []
+    left = 1500
     while left:
         plan = step(under_test)
         fed = int(plan.num_fed_B[plan.num_fed_B > 1].sum())
-        is_long = bool(fed) and left > 4 * fed
-        assert bool(plan.num_drafts_B.any()) is not is_long
-        drafting_at += [left] if fed and not is_long else []
+        assert not (fed and plan.num_drafts_B.any())
         left -= fed
-    assert len(drafting_at) == 4
-    assert step(under_test).num_drafts_B.tolist() == [2] * 5
+    assert step(under_test).num_drafts_B.any()
+
+
+def test_a_prompt_is_long_by_what_is_not_cached_and_until_all_of_it_is_computed() -> None:
+    assert is_long_prompt(8, num_pending=1500, num_uncached=1500)
+    assert is_long_prompt(8, num_pending=8, num_uncached=1500)
+    assert not is_long_prompt(8, num_pending=12, num_uncached=12)
+    assert not is_long_prompt(1, num_pending=1, num_uncached=1500)
 
 
 def test_a_prompt_alone_takes_the_whole_step() -> None:
@@ -74,7 +78,7 @@ def test_prompts_always_come_on() -> None:
     pacer = PromptPacer()
     pacer.observe([1, 1], 0.001, drafts=False)
     pacer.observe([512], 100.0, drafts=False)
-    assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=500) == 8
+    assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=500) == 6
     assert pacer.num_prompt_tokens(num_decoding=2, num_beginning=1, most=5) == 5
 
 

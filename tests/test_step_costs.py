@@ -132,7 +132,7 @@ def test_the_host_takes_longer_with_drafts() -> None:
     steps = [measured(rows, 4, length, host_s=host_s) for rows in (1, 4) for length in (0, 1, 4)]
     fitted = fitted_costs(steps, num_layers=NUM_LAYERS)
     assert [fitted.host_s(1, drafts=drafts) for drafts in (False, True)] == pytest.approx(host_s)
-    for _ in range(100):
+    for _ in range(300):
         fitted.observe_host(1, 1.2, drafts=True)
     assert fitted.host_s(1, drafts=True) == pytest.approx(1.2, rel=0.01)
     assert fitted.host_s(1, drafts=False) == 0.5

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from decoding.choice import Choice, DraftingRow, ExitLayers, FixedChoice
+from decoding.choice import Choice, DraftingRow, ExitLayers, FixedChoice, Seen
 from decoding.engine import Engine
 from decoding.messages import Drafter, Generate, LogitEdits, SamplingParams
 from tests.choosers import NUM_LAYERS
@@ -31,11 +31,18 @@ class Surveyor(FixedChoice):
         self.layers = layers
         self.found: list[dict[int, list[bool]]] = []
 
-    def choose(self, rows: Sequence[DraftingRow], *, among: ExitLayers = (), num_others: int = 0) -> Choice:
+    def choose(
+        self,
+        rows: Sequence[DraftingRow],
+        *,
+        among: ExitLayers = (),
+        num_others: int = 0,
+        can_stop: bool = False,
+    ) -> Choice:
         return Choice(1, (0,) * len(rows), self.layers)
 
-    def surveyed(self, agreed: Mapping[int, Sequence[bool]]) -> None:
-        self.found.append({layer: list(of_rows) for layer, of_rows in agreed.items()})
+    def surveyed(self, seen: Mapping[int, Sequence[Seen]]) -> None:
+        self.found.append({layer: [row.is_kept for row in of_rows] for layer, of_rows in seen.items()})
 
 
 @pytest.fixture(scope="module")

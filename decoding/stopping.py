@@ -1,0 +1,195 @@
+"""What drafts that stop by themselves promise a batch: expected tokens over expected seconds.
+
+Where rows draft until they are unsure, what is chosen is an exit layer and the bound at which they stop.
+
+Knows expected costs and how sure drafts are; knows neither tokens nor what was chosen before.
+
+Shapes: L exit layers that are weighed, W kinds of row, T bounds, J levels of chance, G grades, K draft positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Self
+
+import numpy as np
+
+from decoding.acceptance_record import AcceptanceRecord
+from decoding.confidence import Grades, Stopping
+from decoding.step_costs import Counts, Floats, StepCosts
+from decoding.weighing import Batch, Candidate, Weigher
+
+_BOUNDS: Final = (0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Chances at which rows may stop."""
+
+_RATIO: Final = 0.93
+_NUM_LEVELS: Final = 24
+_LEVELS: Final = _RATIO ** np.arange(_NUM_LEVELS)
+_DISTANCES_JJ: Final = (np.arange(_NUM_LEVELS) - np.arange(_NUM_LEVELS)[:, None]) % (2 * _NUM_LEVELS)
+"""Chances that all drafts of a row are kept, as far as they are told apart: the last is below all bounds."""
+
+_GONE: Final = 0.02
+"""Where so small a share of rows would draft still, none does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Walks:
+    """Drafts a row is expected to make at each position, [W, T, K], and to keep, [W, T]: of W kinds of row."""
+
+    made_WTK: Floats
+    kept_WT: Floats
+
+    @classmethod
+    def of(cls, kinds: Sequence[Grades], bounds: Sequence[float], longest: int) -> Self:
+        """As if the grades of a row's drafts had nothing to do with each other."""
+        moves_WJJ = _moves(kinds)
+        means_W1 = np.array([[grades.mean] for grades in kinds])
+        goes_on_TJ = np.array(bounds)[:, None] <= _LEVELS
+        rows_WTJ = np.zeros((len(kinds), len(bounds), _NUM_LEVELS))
+        rows_WTJ[:, :, 0] = 1.0
+        made_WTK, kept_WT = np.zeros((*rows_WTJ.shape[:2], longest)), np.zeros(rows_WTJ.shape[:2])
+        for ahead in range(longest):
+            made_WT = rows_WTJ.sum(axis=2)
+            is_seldom_WT = made_WT < _GONE
+            if is_seldom_WT.any():
+                rows_WTJ[is_seldom_WT] = 0.0
+                made_WT[is_seldom_WT] = 0.0
+                if is_seldom_WT.all():
+                    break
+            made_WTK[:, :, ahead] = made_WT
+            kept_WT += rows_WTJ @ _LEVELS * means_W1
+            rows_WTJ = rows_WTJ @ moves_WJJ
+            rows_WTJ *= goes_on_TJ
+        return cls(made_WTK, kept_WT)
+
+
+def _moves(kinds: Sequence[Grades]) -> Floats:
+    """How rows move from level to level with one more draft, [W, J, J]; below the last level they are gone."""
+    shares_WG = np.stack([grades.shares_G for grades in kinds])
+    down_WG = np.log(np.stack([grades.chances_G for grades in kinds])) / math.log(_RATIO)
+    whole_WG = down_WG.astype(np.int64)
+    part_WG = down_WG - whole_WG
+    farthest = 2 * _NUM_LEVELS
+    size = len(kinds) * farthest
+    firsts_W1 = farthest * np.arange(len(kinds))[:, None]
+    by_distance_N = np.zeros(size)
+    for steps_WG, weights_WG in ((whole_WG, shares_WG * (1 - part_WG)), (whole_WG + 1, shares_WG * part_WG)):
+        places_WG = firsts_W1 + np.minimum(steps_WG, farthest - 1)
+        by_distance_N += np.bincount(places_WG.ravel(), weights_WG.ravel(), minlength=size)
+    # What would go up is taken from the far end, where nothing that counts is.
+    by_distance_WD = by_distance_N.reshape(len(kinds), farthest)
+    by_distance_WD[:, _NUM_LEVELS:] = 0.0
+    moves_WJJ: Floats = by_distance_WD[:, _DISTANCES_JJ]
+    return moves_WJJ
+
+
+class StoppingWeigher:
+    """Rates exit layers and bounds by what is known now; every row may draft as far as any."""
+
+    def __init__(self, costs: StepCosts, record: AcceptanceRecord) -> None:
+        self._costs = costs
+        self._record = record
+        self._of_fixed_lengths = Weigher(costs, record)
+        self._known: dict[tuple[int, bool, int], tuple[tuple[int, float], tuple[Floats, Floats]]] = {}
+
+    def plain(self, exit_layer: int, batch: Batch) -> Candidate:
+        """No drafts."""
+        return self._of_fixed_lengths.plain(exit_layer, batch)
+
+    def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
+        """For each exit layer the best bound, if drafts are kept as expected or, with `hopes`, might be."""
+        kinds = _kinds(batch)
+        if hopes:
+            grades = [
+                self._grades(layer, is_sampled, hopes=True) for layer in exit_layers for is_sampled in kinds
+            ]
+            return self._best(exit_layers, batch, _BOUNDS, Walks.of(grades, _BOUNDS, batch.longest))
+        return self._best(exit_layers, batch, _BOUNDS, self._walks(exit_layers, kinds, batch.longest))
+
+    def rated(self, like: Candidate, batch: Batch) -> Candidate:
+        """The same for another batch, or by what is known since."""
+        if not like.drafts:
+            return self.plain(like.exit_layer, batch)
+        batch = replace(batch, longest=min(batch.longest, max(like.lengths)))
+        grades = [self._grades(like.exit_layer, is_sampled) for is_sampled in _kinds(batch)]
+        bounds = (like.least,)
+        (candidate,) = self._best([like.exit_layer], batch, bounds, Walks.of(grades, bounds, batch.longest))
+        return candidate
+
+    def stopping(self, candidate: Candidate) -> Stopping | None:
+        """When rows stop that draft so; None where none drafts."""
+        if not candidate.drafts:
+            return None
+        chances = [self._grades(candidate.exit_layer, is_sampled).chances_G for is_sampled in (False, True)]
+        return Stopping(np.array(chances, dtype=np.float32), candidate.least)
+
+    def _walks(self, exit_layers: Sequence[int], kinds: Sequence[bool], longest: int) -> Walks:
+        """Those of each kind at each exit layer, worked out anew only where something was learned since."""
+        versions_2L = self._record.confidence.versions_2L
+        places = [(layer, is_sampled, longest) for layer in exit_layers for is_sampled in kinds]
+        # What is expected of an exit layer may rest on what was seen at others.
+        known = {
+            (layer, is_sampled, longest): (
+                int(versions_2L[int(is_sampled), layer]),
+                round(float(self._record.curve(layer)[0]), 2),
+            )
+            for layer, is_sampled, _ in places
+        }
+        new = [place for place in places if self._known.get(place, (None, None))[0] != known[place]]
+        if new:
+            walks = Walks.of([self._grades(*place[:2]) for place in new], _BOUNDS, longest)
+            for place, made_TK, kept_T in zip(new, walks.made_WTK, walks.kept_WT, strict=True):
+                self._known[place] = known[place], (made_TK, kept_T)
+        made, kept = zip(*(self._known[place][1] for place in places), strict=True)
+        return Walks(np.array(made), np.array(kept))
+
+    def _best(
+        self, exit_layers: Sequence[int], batch: Batch, bounds: Sequence[float], walks: Walks
+    ) -> list[Candidate]:
+        """For each exit layer the best of these bounds. Walks are those of each kind of row, layer by layer."""
+        counts_S = np.array([num for num in (batch.num_greedy, batch.num_sampled) if num], dtype=np.float64)
+        by_kind = (len(exit_layers), len(counts_S), len(bounds))
+        made_LTK = np.einsum("s,lstk->ltk", counts_S, walks.made_WTK.reshape(*by_kind, -1))
+        kept_LT = np.einsum("s,lst->lt", counts_S, walks.kept_WT.reshape(by_kind))
+        rates_LT = (batch.num_rows + kept_LT) / self._seconds(np.array(exit_layers), batch, made_LTK)
+        num_drafting = counts_S.sum()
+        bests = rates_LT.argmax(axis=1).tolist()
+        return [
+            Candidate(
+                layer,
+                (int((made_TK[best] > 0).sum()),) * len(batch.advantages),
+                float(rates_T[best]),
+                bounds[best],
+                float(made_TK[best].sum() / num_drafting),
+            )
+            for layer, made_TK, rates_T, best in zip(exit_layers, made_LTK, rates_LT, bests, strict=True)
+        ]
+
+    def _seconds(self, exit_layers_L: Counts, batch: Batch, made_LTK: Floats) -> Floats:
+        """Of steps that make so many drafts at each position, [L, T]."""
+        # A step of less than one row is one that is taken so often.
+        drafting_LTK = np.maximum(made_LTK, 1.0)
+        steps_s_LTK = self._costs.draft_s(exit_layers_L[:, None, None], drafting_LTK)
+        draft_s_LT = (steps_s_LTK * (made_LTK / drafting_LTK)).sum(axis=2)
+        num_tokens_LT = batch.num_rows + made_LTK.sum(axis=2)
+        verify_s_LT = self._costs.verify_s(exit_layers_L[:, None], batch.num_rows, num_tokens_LT)
+        other_s = self._costs.start_s(batch.num_rows) + self._costs.host_s(batch.num_rows, drafts=True)
+        seconds_LT: Floats = draft_s_LT + verify_s_LT + other_s
+        return seconds_LT
+
+    def _grades(self, exit_layer: int, is_sampled: bool, *, hopes: bool = False) -> Grades:
+        """With `hopes` drafts are refused as much less often as they might be by what was seen of them."""
+        expected = float(self._record.curve(exit_layer)[0])
+        grades = self._record.confidence.grades(exit_layer, is_sampled=is_sampled, mean=expected)
+        if not hopes:
+            return grades
+        hoped = float(self._record.hopes([exit_layer])[0, 0])
+        return grades.with_refusals(min(1.0, (1 - hoped) / (1 - expected)))
+
+
+def _kinds(batch: Batch) -> list[bool]:
+    """Whether rows are sampled, of each kind that there is."""
+    both = ((False, batch.num_greedy), (True, batch.num_sampled))
+    return [is_sampled for is_sampled, num_rows in both if num_rows]
