@@ -205,7 +205,7 @@ class ControllerState(TypedDict):
     plain_step_ms: list[float]
     host_ms: list[float]
     drafting_ms: list[float]
-    lookup_acceptance: float
+    lookup_acceptance: list[float]
 
 
 class ServerInfoAnswer(TypedDict):
