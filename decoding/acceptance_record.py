@@ -14,16 +14,11 @@ from typing import Final
 
 import numpy as np
 
-from decoding.confidence import ConfidenceRecord
+from decoding.confidence import COUNTED_TOGETHER, LONG_AGO, ConfidenceRecord
 from decoding.step_costs import Floats
 
 _FADING: Final = 0.995
 """What a count is worth after one more cycle of its kind: some two hundred cycles are remembered."""
-
-_COUNTED_TOGETHER: Final = 256
-"""Rows' cycles that are counted at once: counting takes time of the step."""
-
-_LONG_AGO: Final = 0.7
 
 _TRIED: Final = 8.0
 """First drafts after which an exit layer says something of others."""
@@ -100,7 +95,7 @@ class AcceptanceRecord:
         """Count the drafted and kept tokens of rows that drafted in one cycle, now or with later ones."""
         pending = self._pending.setdefault(exit_layer, [])
         pending += fates
-        if len(pending) >= _COUNTED_TOGETHER:
+        if len(pending) >= COUNTED_TOGETHER:
             self.refresh()
 
     def refresh(self) -> None:
@@ -128,8 +123,8 @@ class AcceptanceRecord:
     def fade(self, *, but: int | None = None) -> None:
         """Believe what was counted less, of all exit layers but one: it was long ago."""
         is_old_L = np.arange(self._num_layers) != but
-        self._reached_LK[is_old_L] *= _LONG_AGO
-        self._kept_LK[is_old_L] *= _LONG_AGO
+        self._reached_LK[is_old_L] *= LONG_AGO
+        self._kept_LK[is_old_L] *= LONG_AGO
         self.confidence.fade(but=but)
         self._curves.clear()
         self._expected.clear()

@@ -8,7 +8,7 @@ Shapes: N tokens, D model width, V vocabulary, O outputs, I inputs, T cache posi
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -112,6 +112,7 @@ class CompiledDecoder(LlamaDecoder):
             shape.num_kv_heads,
             shape.head_width,
             linears[3].shape[1],
+            len(weights.layers),
             weights.final_norm.eps,
             _STORED.index(stored),
             CACHED.index(attention.cache.layer(0).dtype),
@@ -157,12 +158,11 @@ class CompiledDecoder(LlamaDecoder):
         return ids_M, exits_MD
 
     @property
-    def drafts_among_few(self) -> bool:
-        """Whether drafts have a head of their own."""
-        return self.draft_head is not None
+    def see(self) -> Callable[[Ints], None] | None:
+        """From now on drafts may be these tokens; None where they may be any."""
+        return None if self.draft_head is None else self._see
 
-    def see(self, ids_N: Ints) -> None:
-        """These tokens came: from now on drafts may be these."""
+    def _see(self, ids_N: Ints) -> None:
         self._library.see_tokens(
             ctypes.byref(self._model),
             ctypes.byref(self._ends),
@@ -174,7 +174,6 @@ class CompiledDecoder(LlamaDecoder):
         self, rows: PlacedRows, confidence: PlacedConfidence, made: MadeDrafts, step: structs.Step
     ) -> None:
         """Draft, verify and keep: all of a step in one call. `step` says what is fed, and where tokens are put."""
-        step.num_layers = self.num_layers
         self._library.run_step(
             ctypes.byref(self._model),
             ctypes.byref(self._ends),

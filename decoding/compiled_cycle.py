@@ -40,7 +40,7 @@ class CompiledCycle:
         self.by_parts = cycle
         self._model = model
         self._columns: OrderedDict[int, PlacedColumns] = OrderedDict()
-        self._confidence: tuple[Stops, PlacedConfidence] | None = None
+        self._confidence = UNSTOPPED
 
     def run(self, plan: Plan) -> Result:
         """Compute the plan's tokens; every row that chooses gets at least one new token."""
@@ -72,7 +72,7 @@ class CompiledCycle:
             PlacedRows(self.by_parts.slots(plan.blocks_BW), plan.num_computed_B, self._placed(plan.sampling)),
             self._chances(plan.stops),
             made,
-            structs.Step(0, most_chosen, len(surveyed_S), *map(address, (*given, *found))),
+            structs.Step(most_chosen, len(surveyed_S), *map(address, (*given, *found))),
         )
         draft_s, verify_s = seconds.tolist()
         chosen = zip(chosen_BQ.tolist(), num_chosen_B.tolist(), strict=True)
@@ -99,9 +99,9 @@ class CompiledCycle:
         """They stay the same for many steps."""
         if stops is None:
             return UNSTOPPED
-        if self._confidence is None or self._confidence[0].chances_2G is not stops.chances_2G:
-            self._confidence = stops, PlacedConfidence(stops.chances_2G)
-        return self._confidence[1]
+        if self._confidence.chances_2G is not stops.chances_2G:
+            self._confidence = PlacedConfidence(stops.chances_2G)
+        return self._confidence
 
 
 def _needs_more(plan: Plan) -> bool:
@@ -112,8 +112,6 @@ def _needs_more(plan: Plan) -> bool:
 
 def _of_rows(values: list[int], counts: list[int]) -> tuple[tuple[int, ...], ...]:
     """Row by row what lies step after step."""
-    if len(counts) == 1:
-        return (tuple(values[: counts[0]]),)
     left, rows = iter(values), [list[int]() for _ in counts]
     for ahead in range(max(counts)):
         for row, count in zip(rows, counts, strict=True):

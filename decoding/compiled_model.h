@@ -17,7 +17,7 @@ struct Layer {
 };
 
 struct Model {
-    int64_t width, num_heads, num_kv_heads, head_width, mlp_width;
+    int64_t width, num_heads, num_kv_heads, head_width, mlp_width, num_layers;
     float eps;
     int32_t stored;
     int32_t cached;

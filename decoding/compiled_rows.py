@@ -53,6 +53,7 @@ class PlacedConfidence:
 
     def __init__(self, chances_2G: NDArray[np.float32]) -> None:
         assert chances_2G.shape == (2, NUM_GRADES)
+        self.chances_2G = chances_2G
         self._kept = np.ascontiguousarray(chances_2G, dtype=np.float32)
         self.struct = structs.Confidence(len(EDGES), address(_EDGES), address(self._kept))
 

@@ -110,7 +110,7 @@ void pass_all(const Model *model, const Ends *ends, const Rows *rows, const Draf
             first = step->surveyed[each];
             survey();
         }
-        pass.run(model, ends, rows, first, step->num_layers);
+        pass.run(model, ends, rows, first, model->num_layers);
         return;
     }
     entering.run(model, ends, rows, 0, drafts.exit_layer);
@@ -123,7 +123,7 @@ void pass_all(const Model *model, const Ends *ends, const Rows *rows, const Draf
         for (int64_t each = 0; each < num_entered; each++, entered += width)
             std::copy_n(entered, width, pass.add(row, num_made + each, width));
     }
-    pass.run(model, ends, rows, drafts.exit_layer, step->num_layers);
+    pass.run(model, ends, rows, drafts.exit_layer, model->num_layers);
 }
 
 // The full model's choice behind each of these tokens.

@@ -62,7 +62,7 @@ struct Drafting {
 // next one. Seconds are those of drafting and of the rest. Where nobody drafts by early exit, `agreed[s][b]` says
 // whether row b's next token is what a draft at exit layer `surveyed[s]` would be, and `grades[s][b]` how sure that is.
 struct Step {
-    int64_t num_layers, most_chosen, num_surveyed;
+    int64_t most_chosen, num_surveyed;
     const int64_t *fed_ids, *num_fed, *num_looked_up;
     const bool *chooses;
     const int64_t *surveyed;

@@ -26,7 +26,7 @@ class Model(ctypes.Structure):
     """Widths, number formats and layers."""
 
     _fields_ = [
-        *_numbers("width num_heads num_kv_heads head_width mlp_width"),
+        *_numbers("width num_heads num_kv_heads head_width mlp_width num_layers"),
         ("eps", ctypes.c_float),
         ("stored", ctypes.c_int32),
         ("cached", ctypes.c_int32),
@@ -87,7 +87,7 @@ class Step(ctypes.Structure):
     """What rows are fed, which of them choose, and where that is put."""
 
     _fields_ = [
-        *_numbers("num_layers most_chosen num_surveyed"),
+        *_numbers("most_chosen num_surveyed"),
         *_pointers("fed_ids num_fed num_looked_up chooses surveyed"),
         *_pointers("num_chosen chosen grades agreed seconds"),
     ]

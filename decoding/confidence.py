@@ -6,7 +6,7 @@ drafts are kept falls below a bound (the draft itself is verified: it may be rig
 
 Knows counts that fade; knows no costs, no tokens, no tensors.
 
-Shapes: G grades, L layers, T bounds, J levels of chance, K draft positions.
+Shapes: G grades, L layers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ _SUREST: Final = 0.99
 _FADING: Final = 0.998
 """What a count is worth after one more cycle of its kind: grades share what cycles say, so more are remembered."""
 
-_LONG_AGO: Final = 0.7
-_COUNTED_TOGETHER: Final = 256
+LONG_AGO: Final = 0.7
+"""What a count is worth that is believed less."""
+
+COUNTED_TOGETHER: Final = 256
+"""Rows' cycles that are counted at once: counting takes time of the step."""
 
 _PRIOR: Final = 6.0
 """What a guess counts in each grade against drafts that were seen."""
@@ -94,7 +97,7 @@ class ConfidenceRecord:
         """Count one row's cycle, now or with later ones: of drafts of these grades the first `kept` stood."""
         pending = self._pending.setdefault((int(is_sampled), exit_layer), [])
         pending.append((grades, kept))
-        if len(pending) >= _COUNTED_TOGETHER:
+        if len(pending) >= COUNTED_TOGETHER:
             self.refresh()
 
     def refresh(self) -> None:
@@ -113,8 +116,8 @@ class ConfidenceRecord:
     def fade(self, *, but: int | None = None) -> None:
         """Believe what was counted less, of all exit layers but one: it was long ago."""
         is_old_L = np.arange(self._reached_2LG.shape[1]) != but
-        self._reached_2LG[:, is_old_L] *= _LONG_AGO
-        self._kept_2LG[:, is_old_L] *= _LONG_AGO
+        self._reached_2LG[:, is_old_L] *= LONG_AGO
+        self._kept_2LG[:, is_old_L] *= LONG_AGO
         self.versions_2L[:, is_old_L] += 1
 
     def grades(self, exit_layer: int, *, is_sampled: bool, mean: float) -> Grades:

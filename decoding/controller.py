@@ -21,7 +21,7 @@ from decoding.standing import Occasion, Span, Standing, keep
 from decoding.step_costs import StepCosts
 from decoding.stopping import StoppingWeigher
 from decoding.telling import beliefs_of
-from decoding.weighing import MARGIN, AnyWeigher, Batch, Candidate, Weigher, advantages_of
+from decoding.weighing import MARGIN, Batch, Candidate, Weigher, advantages_of
 
 _KEPT_STEPS: Final = 8
 _CONFIRMED_STEPS: Final = 128
@@ -57,7 +57,7 @@ _WORTH_CHANGING: Final = 1.02
 class _Mode(NamedTuple):
     """Who rates and who explores: where rows draft as far as they are told, or until they are unsure."""
 
-    weigher: AnyWeigher
+    weigher: Weigher
     explorer: Explorer
 
 

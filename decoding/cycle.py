@@ -47,7 +47,6 @@ class Cycle:
         self._routes = Routes(attention, num_layers=model.num_layers, device=model.device)
         self._drafter = make_drafter(model, attention, draft_head)
         self._see = model.see if draft_head is None else draft_head.see
-        self._sees = draft_head is not None or model.drafts_among_few
         self._draft_model = draft_model
         self._verifier = Verifier(model, attention)
         self._offsets = np.arange(block_size, dtype=np.int64)
@@ -73,7 +72,7 @@ class Cycle:
             self._draft_model.follow(plan, slots_BT)
         verified = self._verifier.verify(plan, route, slots_BT, ids_N, exits_MD)
         chosen = self._keep(plan, route, ids_N, verified.choices_BQ)
-        if self._sees:
+        if self._see is not None:
             self._see(np.array([*plan.fed_N.tolist(), *chain.from_iterable(chosen)]))
         reported = self._report(plan, route, ids_N, verified, chosen)
         verify_s = self._clock() - drafted

@@ -11,7 +11,7 @@ from typing import Final
 
 from decoding.acceptance_record import AcceptanceRecord
 from decoding.choice import ExitLayers
-from decoding.weighing import MARGIN, AnyWeigher, Batch, Candidate
+from decoding.weighing import MARGIN, Batch, Candidate, Weigher
 
 _SOON_STEPS: Final = 16
 _SETTLED_STEPS: Final = 256
@@ -52,7 +52,7 @@ class Explorer:
     step of the next one.
     """
 
-    def __init__(self, weigher: AnyWeigher, record: AcceptanceRecord, exit_layers: Sequence[int]) -> None:
+    def __init__(self, weigher: Weigher, record: AcceptanceRecord, exit_layers: Sequence[int]) -> None:
         self._weigher = weigher
         self._record = record
         self._exit_layers = exit_layers

@@ -7,7 +7,7 @@ Shapes: N tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,12 +102,9 @@ class LlamaDecoder:
         return self._weights.embedding_VD.device
 
     @property
-    def drafts_among_few(self) -> bool:
-        """Whether drafts are among tokens that it has to see."""
-        return False
-
-    def see(self, ids_N: Ints) -> None:
-        """These tokens came, for whoever drafts among those seen lately."""
+    def see(self) -> Callable[[Ints], None] | None:
+        """What is to be told of tokens that came, where drafts are among those seen lately."""
+        return None
 
     def embed(self, ids_N: Tensor) -> Tensor:
         """Hidden states that enter layer 0: [N, D]."""

@@ -111,8 +111,9 @@ class Scheduler:
         # Rows that are alike side by side are drafted and attended together; else their order stays.
         shares.sort(key=lambda s: (-s.draft_length, s.length_class, len(s.sequence.token_ids).bit_length()))
         self._planned = shares
-        speculator = self._speculator
-        return self._plans.of(shares, speculator.surveyed, speculator.stopping) if shares else None
+        return (
+            self._plans.of(shares, self._speculator.surveyed, self._speculator.stopping) if shares else None
+        )
 
     def commit(self, result: Result) -> list[Decoded]:
         """Apply the planned step's result; one event for each row that has chosen tokens."""

@@ -23,7 +23,7 @@ class Sequence:
     cache, `found` what was there of its tokens at the last look. `prompt_logprobs` gathers, chunk by chunk, what
     the request asked for; the first event takes them along. `ngrams` is there where drafts are looked up. `drafts`
     says how they have fared. `num_followed` counts the computed tokens that a separate draft model has computed
-    too; all of them where there is none.
+    too; all of them where there is none. One that `wants_only_tokens` edits no logits and reports nothing else.
     """
 
     request: Generate
@@ -45,6 +45,7 @@ class Sequence:
     ngrams: NgramSearch | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     drafts: RowRecord = field(default_factory=RowRecord)
+    wants_only_tokens: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.root = self.chain = salted_root(self.request.cache_salt)
@@ -53,6 +54,12 @@ class Sequence:
             self.tally = Tally(self.editor.asked, self.request.prompt_ids, self.request.resumed_ids)
         # Of a sequence that is resumed the first event was sent by another worker.
         self.is_announced = bool(self.request.resumed_ids)
+        self.wants_only_tokens = (
+            self.editor is None
+            and self.request.logprobs is None
+            and self.request.prompt_logprobs is None
+            and not self.request.traces_drafts
+        )
         if self.request.drafter in (Drafter.LOOKUP, Drafter.HYBRID):
             self.ngrams = NgramSearch()
 
@@ -60,17 +67,6 @@ class Sequence:
     def rank(self) -> tuple[int, int]:
         """The lower, the earlier it is admitted and the later it gives way."""
         return self.request.priority, self.place
-
-    @property
-    def wants_only_tokens(self) -> bool:
-        """Whether its request asks for nothing but tokens, and edits no logits."""
-        request = self.request
-        return (
-            self.editor is None
-            and request.logprobs is None
-            and request.prompt_logprobs is None
-            and not request.traces_drafts
-        )
 
     @property
     def num_pending(self) -> int:

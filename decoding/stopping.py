@@ -27,8 +27,10 @@ _BOUNDS: Final = (0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
 _RATIO: Final = 0.93
 _NUM_LEVELS: Final = 24
 _LEVELS: Final = _RATIO ** np.arange(_NUM_LEVELS)
-_DISTANCES_JJ: Final = (np.arange(_NUM_LEVELS) - np.arange(_NUM_LEVELS)[:, None]) % (2 * _NUM_LEVELS)
 """Chances that all drafts of a row are kept, as far as they are told apart: the last is below all bounds."""
+
+_DISTANCES_JJ: Final = (np.arange(_NUM_LEVELS) - np.arange(_NUM_LEVELS)[:, None]) % (2 * _NUM_LEVELS)
+"""How many levels lie between two, modulo twice as many as there are."""
 
 _GONE: Final = 0.02
 """Where so small a share of rows would draft still, none does."""
@@ -85,18 +87,12 @@ def _moves(kinds: Sequence[Grades]) -> Floats:
     return moves_WJJ
 
 
-class StoppingWeigher:
+class StoppingWeigher(Weigher):
     """Rates exit layers and bounds by what is known now; every row may draft as far as any."""
 
     def __init__(self, costs: StepCosts, record: AcceptanceRecord) -> None:
-        self._costs = costs
-        self._record = record
-        self._of_fixed_lengths = Weigher(costs, record)
+        super().__init__(costs, record)
         self._known: dict[tuple[int, bool, int], tuple[tuple[int, float], tuple[Floats, Floats]]] = {}
-
-    def plain(self, exit_layer: int, batch: Batch) -> Candidate:
-        """No drafts."""
-        return self._of_fixed_lengths.plain(exit_layer, batch)
 
     def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
         """For each exit layer the best bound, if drafts are kept as expected or, with `hopes`, might be."""

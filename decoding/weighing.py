@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median_high
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import numpy as np
 
@@ -83,22 +83,6 @@ class Candidate:
         return any(self.lengths)
 
 
-class AnyWeigher(Protocol):
-    """What rates candidates."""
-
-    def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
-        """The best for each exit layer; with `hopes` if drafts are as good as they might be."""
-
-    def plain(self, exit_layer: int, batch: Batch) -> Candidate:
-        """No drafts."""
-
-    def rated(self, like: Candidate, batch: Batch) -> Candidate:
-        """The same, and the rate it promises this batch by what is known now."""
-
-    def stopping(self, candidate: Candidate) -> Stopping | None:
-        """When rows stop that draft so; None where they draft as far as they are told."""
-
-
 class Weigher:
     """Rates candidates by what is known now.
 
@@ -163,8 +147,9 @@ class Weigher:
         )
         return Candidate(exit_layer, lengths, float((batch.num_rows + (made_CK * kept_CK).sum()) / seconds))
 
-    def stopping(self, candidate: Candidate) -> None:
-        """Rows draft as far as they are told."""
+    def stopping(self, candidate: Candidate) -> Stopping | None:
+        """When rows stop that draft so; None where they draft as far as they are told."""
+        return None
 
     def _other_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
         """Seconds of steps with drafts beside drafting, with so many tokens to verify."""

@@ -25,6 +25,7 @@ def test_drafts_are_among_the_tokens_seen_last() -> None:
     rng = np.random.default_rng(3)
     for _ in range(200):
         seen = rng.integers(0, 4096, size=int(rng.integers(1, 40)))
+        assert model.see is not None
         model.see(seen)
         for token in seen.tolist():
             if token not in held:
