@@ -99,7 +99,7 @@ class CompiledDecoder(LlamaDecoder):
         dtypes = {linear.panels.dtype for linear in linears}
         stored = dtypes.pop() if len(dtypes) == 1 else torch.float32
         for linear in linears:
-            linear.panels = linear.panels.to(stored)
+            linear.store_as(stored)
         self._norms_D = [
             _norm(each) for layer in weights.layers for each in (layer.attention_norm, layer.mlp_norm)
         ]
@@ -114,7 +114,7 @@ class CompiledDecoder(LlamaDecoder):
             linears[3].shape[1],
             len(weights.layers),
             weights.final_norm.eps,
-            _STORED.index(stored),
+            _stored_code(stored, weights.embedding_VD.dtype, library),
             CACHED.index(attention.cache.layer(0).dtype),
             self._layers,
         )
@@ -255,6 +255,13 @@ def make_compiled(
     attention, library = SlotAttention(cache, rotations_TF), build(cache_folder())
     decoder = CompiledDecoder(weights, attention, shape, library, draft_vocab_size=draft_vocab_size)
     return decoder, attention
+
+
+def _stored_code(stored: torch.dtype, computed: torch.dtype, library: ctypes.CDLL) -> int:
+    """How products go. Where weights and activations are bfloat16, as such if the CPU can, as CUDA and torch do."""
+    if stored == computed == torch.bfloat16 and library.has_bfloat16_products():
+        return len(_STORED)
+    return _STORED.index(stored)
 
 
 def _panels(linear: object) -> PanelLinear:

@@ -22,10 +22,23 @@ void move_first(const DraftHead &head, int32_t place) {
     head.older[last] = place;
 }
 
-template <class Weight> void copy_column(const void *from, int64_t id, void *to, int64_t place, int64_t width) {
-    const Weight *source = static_cast<const Weight *>(from) + id / PANEL * PANEL * width + id % PANEL;
-    Weight *target = static_cast<Weight *>(to) + place / PANEL * PANEL * width + place % PANEL;
-    for (int64_t input = 0; input < width; input++) target[input * PANEL] = source[input * PANEL];
+// Of so many inputs that lie side by side the numbers of one output.
+template <class Number, int TOGETHER>
+void copy_column(const void *from, int64_t id, void *to, int64_t place, int64_t width) {
+    struct Numbers {
+        Number of[TOGETHER];
+    };
+    const Numbers *source = static_cast<const Numbers *>(from) + (id / PANEL * width / TOGETHER) * PANEL + id % PANEL;
+    Numbers *target = static_cast<Numbers *>(to) + (place / PANEL * width / TOGETHER) * PANEL + place % PANEL;
+    for (int64_t input = 0; input < width / TOGETHER; input++) target[input * PANEL] = source[input * PANEL];
+}
+
+void copy_column(int32_t stored, const void *from, int64_t id, void *to, int64_t place, int64_t width) {
+    switch (stored) {
+    case 0: copy_column<float, Products<float>::TOGETHER>(from, id, to, place, width); break;
+    case 2: copy_column<uint16_t, Products<Float16>::TOGETHER>(from, id, to, place, width); break;
+    default: copy_column<uint16_t, Products<Bfloat16>::TOGETHER>(from, id, to, place, width); break;
+    }
 }
 
 } // namespace
@@ -41,8 +54,7 @@ extern "C" void see_tokens(const Model *model, const Ends *ends, const int64_t *
             head.places[head.ids[place]] = -1;
             head.places[id] = place;
             head.ids[place] = static_cast<int32_t>(id);
-            (model->stored == 0 ? copy_column<float> : copy_column<Bfloat16>)(ends->head, id, head.panels, place,
-                                                                             model->width);
+            copy_column(model->stored, ends->head, id, head.panels, place, model->width);
         }
         move_first(head, place);
     }

@@ -93,11 +93,25 @@ template <class Action> void with_weights(int32_t stored, Action action) {
     switch (stored) {
     case 0: action(float{}); break;
     case 1: action(Bfloat16{}); break;
-    default: action(Float16{}); break;
+    case 2: action(Float16{}); break;
+#if defined(__AVX512BF16__)
+    default: action(Bfloat16Product{}); break;
+#else
+    default: break;
+#endif
     }
 }
 
 } // namespace
+
+// Whether this CPU multiplies bfloat16.
+extern "C" bool has_bfloat16_products() {
+#if defined(__AVX512BF16__)
+    return true;
+#else
+    return false;
+#endif
+}
 
 extern "C" void run_layers(const Model *model, int64_t first, int64_t last, float *hidden, const Tokens *tokens) {
     with_weights(model->stored, [&](auto weight) {

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #include "compiled_vectors.h"
 
@@ -28,23 +30,71 @@ constexpr int MOST_PANELS = 4;
 // One token alone is bound by how many sums are under way at once; many are by arithmetic.
 constexpr int panels_at_once(int tokens) { return std::clamp(MOST_SUMS / (tokens * VECTORS), 1, MOST_PANELS); }
 
+// How weights of a format meet inputs. `TOGETHER` inputs of an output lie side by side, `Given` is what inputs are
+// rounded to, `add` adds the products of 16 outputs with so many inputs.
+template <class Weight> struct Products {
+    static constexpr int TOGETHER = 1;
+    using Given = float;
+    using Read = Floats;
+
+    static Read read(const Weight *from) { return load(from); }
+    static void add(Floats &sums, Read weights, const float *inputs) { sums += weights * (Floats{} + *inputs); }
+};
+
+// Pairs of bfloat16 are words: their halves become floats in one operation each, exactly.
+template <> struct Products<Bfloat16> {
+    static constexpr int TOGETHER = 2;
+    using Given = float;
+    struct Read {
+        Floats even, odd;
+    };
+
+    static Read read(const Bfloat16 *from) {
+        Words pairs;
+        std::memcpy(&pairs, from, sizeof pairs);
+        return {(Floats)(pairs << 16), (Floats)(pairs & static_cast<int32_t>(0xffff0000))};
+    }
+    static void add(Floats &sums, Read weights, const float *inputs) {
+        sums += weights.even * (Floats{} + inputs[0]);
+        sums += weights.odd * (Floats{} + inputs[1]);
+    }
+};
+
+#if defined(__AVX512BF16__)
+// Inputs are rounded to bfloat16 as well; products are exact and added up in float32, two at a time.
+template <> struct Products<Bfloat16Product> {
+    static constexpr int TOGETHER = 2;
+    using Given = Bfloat16;
+    using Read = __m512bh;
+
+    static Read read(const Bfloat16Product *from) { return (__m512bh)_mm512_loadu_si512(from); }
+    static void add(Floats &sums, Read weights, const Bfloat16 *inputs) {
+        int32_t pair;
+        std::memcpy(&pair, inputs, sizeof pair);
+        sums = (Floats)_mm512_dpbf16_ps((__m512)sums, weights, (__m512bh)_mm512_set1_epi32(pair));
+    }
+};
+#endif
+
+template <class Weight> using Given = typename Products<Weight>::Given;
+
 // The first `USED` vectors of each of these panels.
 template <class Weight, int TOKENS, int PANELS, int USED>
-inline void multiply_block(const float *in_NI, int64_t num_inputs, const Weight *panels, float *out_NO,
+inline void multiply_block(const Given<Weight> *in_NI, int64_t num_inputs, const Weight *panels, float *out_NO,
                            int64_t out_stride) {
+    using Each = Products<Weight>;
+    constexpr int STEP = Each::TOGETHER;
     Floats sums[TOKENS][PANELS][USED] = {};
-    for (int64_t input = 0; input < num_inputs; input++) {
-        Floats weights[PANELS][USED];
+    for (int64_t input = 0; input < num_inputs; input += STEP) {
+        typename Each::Read weights[PANELS][USED];
         for (int panel = 0; panel < PANELS; panel++)
             for (int vector = 0; vector < USED; vector++)
                 weights[panel][vector] =
-                    load(panels + ((panel * num_inputs + input) * VECTORS + vector) * LANES);
-        for (int token = 0; token < TOKENS; token++) {
-            const Floats value = Floats{} + in_NI[token * num_inputs + input];
+                    Each::read(panels + ((panel * num_inputs + input) * VECTORS + vector * STEP) * LANES);
+        for (int token = 0; token < TOKENS; token++)
             for (int panel = 0; panel < PANELS; panel++)
                 for (int vector = 0; vector < USED; vector++)
-                    sums[token][panel][vector] += weights[panel][vector] * value;
-        }
+                    Each::add(sums[token][panel][vector], weights[panel][vector], in_NI + token * num_inputs + input);
     }
     for (int token = 0; token < TOKENS; token++)
         for (int panel = 0; panel < PANELS; panel++)
@@ -53,7 +103,7 @@ inline void multiply_block(const float *in_NI, int64_t num_inputs, const Weight 
 }
 
 template <class Weight, int TOKENS>
-void multiply_few(const float *in_NI, int64_t num_inputs, const Weight *panels, int64_t num_vectors, float *out_NO,
+void multiply_few(const Given<Weight> *in_NI, int64_t num_inputs, const Weight *panels, int64_t num_vectors, float *out_NO,
                   int64_t out_stride) {
     constexpr int WIDE = panels_at_once(TOKENS);
     const int64_t size = num_inputs * VECTORS * LANES, num_panels = num_vectors / VECTORS;
@@ -74,17 +124,30 @@ void multiply_few(const float *in_NI, int64_t num_inputs, const Weight *panels, 
     }
 }
 
-// out_NO = in_NI · weightsᵀ. All tokens take a few panels before the next are read: a matrix comes from memory once.
+// Numbers in the format that products take, until the next call.
+template <class Wanted> const Wanted *given(const float *values, int64_t count) {
+    if constexpr (std::is_same_v<Wanted, float>) {
+        return values;
+    } else {
+        static thread_local std::vector<Wanted> rounded;
+        rounded.resize(count);
+        for (int64_t at = 0; at < count; at += LANES) store(rounded.data() + at, load(values + at));
+        return rounded.data();
+    }
+}
+
+// out_NO = exact_NI · weightsᵀ. All tokens take a few panels before the next are read: a matrix comes from memory once.
 template <class Weight>
-void multiply(const float *in_NI, int64_t num_tokens, int64_t num_inputs, const Weight *panels, int64_t num_outputs,
+void multiply(const float *exact_NI, int64_t num_tokens, int64_t num_inputs, const Weight *panels, int64_t num_outputs,
               float *out_NO) {
     constexpr int64_t STRIP = MOST_PANELS * VECTORS;
+    const Given<Weight> *in_NI = given<Given<Weight>>(exact_NI, num_tokens * num_inputs);
     const int64_t num_vectors = num_outputs / LANES;
     for (int64_t vector = 0; vector < num_vectors; vector += STRIP) {
         const Weight *strip = panels + vector * num_inputs * LANES;
         const int64_t width = std::min(STRIP, num_vectors - vector);
         for (int64_t token = 0; token < num_tokens; token += MOST_TOKENS) {
-            const float *in = in_NI + token * num_inputs;
+            const Given<Weight> *in = in_NI + token * num_inputs;
             float *out = out_NO + token * num_outputs + vector * LANES;
             const auto few = [&](auto tokens) {
                 multiply_few<Weight, decltype(tokens)::value>(in, num_inputs, strip, width, out, num_outputs);

@@ -22,6 +22,10 @@ using Shorts = uint16_t __attribute__((vector_size(2 * LANES)));
 struct Bfloat16 {
     uint16_t bits;
 };
+// Weights whose products take bfloat16 inputs, where the CPU has these.
+struct Bfloat16Product {
+    uint16_t bits;
+};
 struct Float16 {
     uint16_t bits;
 };
@@ -61,11 +65,15 @@ inline Floats load(const Float16 *from) {
 
 inline void store(float *to, Floats values) { std::memcpy(to, &values, sizeof values); }
 
+// To the nearest, ties to even.
 inline void store(Bfloat16 *to, Floats values) {
-    // To the nearest, ties to even.
+#if defined(__AVX512BF16__)
+    const __m256bh kept = _mm512_cvtneps_pbh((__m512)values);
+#else
     const Words bits = (Words)values;
     const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const Shorts kept = __builtin_convertvector((rounded >> 16) & 0xffff, Shorts);
+#endif
     std::memcpy(to, &kept, sizeof kept);
 }
 
