@@ -10,44 +10,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "compiled_attention_pairs.h"
+#include "compiled_attention_parts.h"
 #include "compiled_model.h"
 #include "compiled_vectors.h"
 
 namespace {
 
-// A key is read once for so many queries.
-constexpr int MOST_QUERIES = 9;
-
-// One head of one token: it attends to the first `length` positions of its row.
-struct Query {
-    const float *query;
-    float *attended;
-    int64_t length;
-};
-
-// Where a row's keys and values of one key/value head lie.
-template <class Cached> struct Context {
-    const Cached *keys, *values;
-    int64_t slot_width;
-    const int64_t *slots;
-
-    const Cached *key(int64_t position) const { return keys + slots[position] * slot_width; }
-    const Cached *value(int64_t position) const { return values + slots[position] * slot_width; }
-
-    // Slots of a row lie apart: no processor sees the next one coming.
-    template <int WIDTH> void prefetch(int64_t position) const {
-        constexpr int LINE = 64 / sizeof(Cached);
-        for (int at = 0; at < WIDTH; at += LINE) {
-            __builtin_prefetch(key(position) + at);
-            __builtin_prefetch(value(position) + at);
-        }
-    }
-};
-
-int64_t padded(int64_t length) { return (length + LANES - 1) / LANES * LANES; }
-
 // Products of a key with all queries, for the first `longest` positions and some more that mean nothing.
-template <class Cached, int PARTS, int QUERIES>
+template <int PARTS, int QUERIES, class Cached>
 void score(const Query *queries, const Context<Cached> &context, int64_t longest, bool is_near, float *scores_QT) {
     const float scale = 1.0f / std::sqrt(static_cast<float>(PARTS * LANES));
     const int64_t stride = padded(longest);
@@ -92,19 +63,12 @@ float exponentials(float *scores_T, int64_t length, int64_t stride) {
     return sum(totals);
 }
 
-// attended = Σ softmax(query · keys) values, of queries that one key after the other is read for.
-template <class Cached, int PARTS, int QUERIES>
-void attend_together(const Query *queries, const Context<Cached> &context, bool is_near, float *scores_QT) {
-    int64_t longest = 0, shortest = queries[0].length;
-    for (int each = 0; each < QUERIES; each++) {
-        longest = std::max(longest, queries[each].length);
-        shortest = std::min(shortest, queries[each].length);
-    }
-    const int64_t stride = padded(longest);
-    score<Cached, PARTS, QUERIES>(queries, context, longest, is_near, scores_QT);
-    float wholes[QUERIES];
-    for (int each = 0; each < QUERIES; each++)
-        wholes[each] = exponentials(scores_QT + each * stride, queries[each].length, stride);
+// attended = Σ weights · values / wholes, of queries whose rows have `shortest` positions at least.
+template <int PARTS, int QUERIES, class Cached>
+void weigh(const Query *queries, const Context<Cached> &context, int64_t shortest, int64_t stride, const float *wholes,
+           const float *scores_QT) {
+    int64_t longest = 0;
+    for (int each = 0; each < QUERIES; each++) longest = std::max(longest, queries[each].length);
     for (int part = 0; part < PARTS; part++) {
         Floats sums[QUERIES] = {};
         for (int64_t position = 0; position < shortest; position++) {
@@ -120,6 +84,22 @@ void attend_together(const Query *queries, const Context<Cached> &context, bool 
         for (int each = 0; each < QUERIES; each++)
             store(queries[each].attended + part * LANES, sums[each] / wholes[each]);
     }
+}
+
+// attended = Σ softmax(query · keys) values, of queries that one key after the other is read for.
+template <class Cached, int PARTS, int QUERIES>
+void attend_together(const Query *queries, const Context<Cached> &context, bool is_near, float *scores_QT) {
+    int64_t longest = 0, shortest = queries[0].length;
+    for (int each = 0; each < QUERIES; each++) {
+        longest = std::max(longest, queries[each].length);
+        shortest = std::min(shortest, queries[each].length);
+    }
+    const int64_t stride = padded(longest);
+    score<PARTS, QUERIES>(queries, context, longest, is_near, scores_QT);
+    float wholes[QUERIES];
+    for (int each = 0; each < QUERIES; each++)
+        wholes[each] = exponentials(scores_QT + each * stride, queries[each].length, stride);
+    weigh<PARTS, QUERIES>(queries, context, shortest, stride, wholes, scores_QT);
 }
 
 template <class Cached, int PARTS>

@@ -7,6 +7,7 @@
 // Shapes: N tokens, D model width.
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "compiled_attention.h"
@@ -48,7 +49,8 @@ template <class Cached> void rotate_and_store(const Model &model, const Layer &l
     }
 }
 
-template <class Weight, class Cached>
+// Numbers of `Cached` are kept; `Attended` says how attention takes them.
+template <class Weight, class Cached, class Attended>
 void run(const Model &model, int64_t first, int64_t last, float *hidden, const Tokens &tokens) {
     const int64_t count = tokens.count, width = model.width, mlp = model.mlp_width;
     const int64_t query_width = model.num_heads * model.head_width;
@@ -70,7 +72,7 @@ void run(const Model &model, int64_t first, int64_t last, float *hidden, const T
         rotate_and_store<Cached>(model, layer, tokens, qkv);
         for (int64_t first_token = 0, end; first_token < count; first_token = end) {
             for (end = first_token + 1; end < count && tokens.rows[end] == tokens.rows[first_token];) end++;
-            attend_row<Cached>(model, layer, tokens, first_token, end, qkv, qkv_width, scores, attended);
+            attend_row<Attended>(model, layer, tokens, first_token, end, qkv, qkv_width, scores, attended);
         }
         multiply(attended, count, query_width, static_cast<const Weight *>(layer.attention_out), width, added);
         add();
@@ -88,6 +90,10 @@ void run(const Model &model, int64_t first, int64_t last, float *hidden, const T
         add();
     }
 }
+
+// Where bfloat16 is multiplied as such, it is in attention, too.
+template <class Weight>
+using Attended = std::conditional_t<std::is_same_v<Weight, Bfloat16Product>, Bfloat16Product, Bfloat16>;
 
 template <class Action> void with_weights(int32_t stored, Action action) {
     switch (stored) {
@@ -116,9 +122,9 @@ extern "C" bool has_bfloat16_products() {
 extern "C" void run_layers(const Model *model, int64_t first, int64_t last, float *hidden, const Tokens *tokens) {
     with_weights(model->stored, [&](auto weight) {
         if (model->cached == 0)
-            run<decltype(weight), float>(*model, first, last, hidden, *tokens);
+            run<decltype(weight), float, float>(*model, first, last, hidden, *tokens);
         else
-            run<decltype(weight), Bfloat16>(*model, first, last, hidden, *tokens);
+            run<decltype(weight), Bfloat16, Attended<decltype(weight)>>(*model, first, last, hidden, *tokens);
     });
 }
 

@@ -124,6 +124,12 @@ void multiply_few(const Given<Weight> *in_NI, int64_t num_inputs, const Weight *
     }
 }
 
+// How many of the tokens left are taken together: about as many each time, as one alone takes longest for itself.
+int64_t next_together(int64_t num_left) {
+    const int64_t num_times = (num_left + MOST_TOKENS - 1) / MOST_TOKENS;
+    return (num_left + num_times - 1) / num_times;
+}
+
 // Numbers in the format that products take, until the next call.
 template <class Wanted> const Wanted *given(const float *values, int64_t count) {
     if constexpr (std::is_same_v<Wanted, float>) {
@@ -146,13 +152,14 @@ void multiply(const float *exact_NI, int64_t num_tokens, int64_t num_inputs, con
     for (int64_t vector = 0; vector < num_vectors; vector += STRIP) {
         const Weight *strip = panels + vector * num_inputs * LANES;
         const int64_t width = std::min(STRIP, num_vectors - vector);
-        for (int64_t token = 0; token < num_tokens; token += MOST_TOKENS) {
+        for (int64_t token = 0, count; token < num_tokens; token += count) {
+            count = next_together(num_tokens - token);
             const Given<Weight> *in = in_NI + token * num_inputs;
             float *out = out_NO + token * num_outputs + vector * LANES;
             const auto few = [&](auto tokens) {
                 multiply_few<Weight, decltype(tokens)::value>(in, num_inputs, strip, width, out, num_outputs);
             };
-            switch (std::min<int64_t>(MOST_TOKENS, num_tokens - token)) {
+            switch (count) {
             case 1: few(std::integral_constant<int, 1>{}); break;
             case 2: few(std::integral_constant<int, 2>{}); break;
             case 3: few(std::integral_constant<int, 3>{}); break;

@@ -82,6 +82,28 @@ def test_heads_that_share_keys_attend_as_each_alone(tmp_path: Path, heads: int, 
             assert _error(found, expected) < 1e-5
 
 
+@needs_compiler
+@pytest.mark.parametrize("head_width", [16, 32, 64, 80, 128])
+def test_layers_and_head_in_bfloat16_are_near_the_others(tmp_path: Path, head_width: int) -> None:
+    """Products of bfloat16 where the CPU has them; contexts of even and odd lengths. A number that stood in another
+    one's place would be off by as much as numbers are large.
+    """
+    folder = make_checkpoint(tmp_path, head_dim=head_width, hidden=64, mlp=96)
+    _store_as(folder, torch.bfloat16)
+    plain, fast = (
+        engine(folder, dtype="float64"),
+        engine(folder, compile_layers=True, dtype="bfloat16", draft_vocab_size=64),
+    )
+    ids = torch.arange(41) % 50
+    with torch.inference_mode():
+        for counts, starts in (([20, 21], [0, 0]), ([1, 3], [20, 21]), ([9], [24])):
+            fed, last = ids[: sum(counts)], plain.runtime.model.num_layers
+            expected, found = (hidden_after(each, last, counts, starts, fed) for each in (plain, fast))
+            assert 1e-6 < _error(found, expected) < 0.05
+            logits = [each.runtime.model.logits(h) for each, h in ((plain, expected), (fast, found))]
+            assert _error(logits[1], logits[0]) < 0.05
+
+
 def _error(found: Tensor, expected: Tensor) -> float:
     """Largest difference, as a share of the largest number."""
     return float((found - expected).abs().max() / expected.abs().max())
@@ -96,8 +118,9 @@ def _store_as(folder: Path, dtype: torch.dtype) -> None:
 
 
 @needs_compiler
-def test_a_token_is_the_same_to_the_bit_whatever_is_beside_it(tmp_path: Path) -> None:
-    loaded = engine(make_checkpoint(tmp_path, head_dim=16, mlp=48), compile_layers=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_is_the_same_to_the_bit_whatever_is_beside_it(tmp_path: Path, dtype: str) -> None:
+    loaded = engine(make_checkpoint(tmp_path, head_dim=16, mlp=48), compile_layers=True, dtype=dtype)
     last = loaded.runtime.model.num_layers
     with torch.inference_mode():
         alone = hidden_after(loaded, last, [1], [0], torch.tensor([7]))
@@ -109,20 +132,24 @@ def test_a_token_is_the_same_to_the_bit_whatever_is_beside_it(tmp_path: Path) ->
 
 
 @needs_compiler
-def test_a_later_token_that_is_no_number_leaves_earlier_ones_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [13, 14])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_later_token_that_is_no_number_leaves_earlier_ones_as_they_are(
+    tmp_path: Path, dtype: str, bad: int
+) -> None:
     """A draft that will be refused, of whose row others are computed in the same call."""
-    loaded = engine(make_checkpoint(tmp_path, head_dim=16, mlp=48), compile_layers=True)
+    loaded = engine(make_checkpoint(tmp_path, head_dim=16, mlp=48), compile_layers=True, dtype=dtype)
     model = loaded.runtime.model
     tokens = Ragged.of(np.array([20]))
     arrangement = model.attention.arrange(tokens, np.zeros(1, dtype=np.int64))
     queries = model.attention.queries(arrangement, np.arange(32)[None], np.array([0]))
     with torch.inference_mode():
         hidden_ND = model.embed(torch.arange(20))
-        expected = model.run_layers(hidden_ND, 0, model.num_layers, queries)[:13]
-        hidden_ND[13] = torch.nan
+        expected = model.run_layers(hidden_ND, 0, model.num_layers, queries)[:bad]
+        hidden_ND[bad] = torch.nan
         found = model.run_layers(hidden_ND, 0, model.num_layers, queries)
-    assert torch.equal(found[:13], expected)
-    assert found[13].isnan().any()
+    assert torch.equal(found[:bad], expected)
+    assert found[bad].isnan().any()
 
 
 @needs_compiler
@@ -240,8 +267,11 @@ def test_more_choices_than_rows_of_a_greedy_batch_are_all_greedy() -> None:
         assert torch.equal(chosen_N, logits_NV.argmax(-1))
 
 
-@pytest.mark.parametrize("num_outputs", [16, 20])
+@pytest.mark.parametrize("num_outputs", [16, 20, 200])
 def test_panels_hold_the_matrix(num_outputs: int) -> None:
-    weight_OI = torch.randn(num_outputs, 24)
-    x_NI = torch.randn(3, 24)
-    torch.testing.assert_close(PanelLinear(weight_OI)(x_NI), x_NI @ weight_OI.t())
+    for weight_OI in (torch.randn(num_outputs, 24), torch.randn(num_outputs, 24).bfloat16().float()):
+        x_NI = torch.randn(3, 24)
+        linear, expected_NO = PanelLinear(weight_OI), x_NI @ weight_OI.t()
+        torch.testing.assert_close(linear(x_NI), expected_NO)
+        linear.store_as(torch.float32)
+        torch.testing.assert_close(linear(x_NI), expected_NO)
