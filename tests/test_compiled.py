@@ -96,12 +96,17 @@ def test_layers_and_head_in_bfloat16_are_near_the_others(tmp_path: Path, head_wi
     )
     ids = torch.arange(41) % 50
     with torch.inference_mode():
-        for counts, starts in (([20, 21], [0, 0]), ([1, 3], [20, 21]), ([9], [24])):
+        for counts, starts in (([20, 21], [0, 0]), ([1, 3], [20, 21]), ([9], [20])):
             fed, last = ids[: sum(counts)], plain.runtime.model.num_layers
             expected, found = (hidden_after(each, last, counts, starts, fed) for each in (plain, fast))
-            assert 1e-6 < _error(found, expected) < 0.05
+            assert 1e-6 < _distance(found, expected) < 0.03
             logits = [each.runtime.model.logits(h) for each, h in ((plain, expected), (fast, found))]
-            assert _error(logits[1], logits[0]) < 0.05
+            assert _distance(logits[1], logits[0]) < 0.03
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """As a share of the whole length."""
+    return float((found - expected).norm() / expected.norm())
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
