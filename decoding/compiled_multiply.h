@@ -17,9 +17,9 @@ namespace {
 // A panel has 4 vectors of outputs, input by input: weights[panel][input][64]. The last one may be filled up.
 constexpr int VECTORS = 4;
 
-// Sums that are kept in registers, 16 lanes each.
+// Sums of several panels that are kept in registers beside their weights, 16 lanes each.
 #if defined(__AVX512F__)
-constexpr int MOST_SUMS = 24;
+constexpr int MOST_SUMS = 16;
 #else
 constexpr int MOST_SUMS = 4;
 #endif
@@ -86,15 +86,21 @@ inline void multiply_block(const Given<Weight> *in_NI, int64_t num_inputs, const
     constexpr int STEP = Each::TOGETHER;
     Floats sums[TOKENS][PANELS][USED] = {};
     for (int64_t input = 0; input < num_inputs; input += STEP) {
-        typename Each::Read weights[PANELS][USED];
-        for (int panel = 0; panel < PANELS; panel++)
-            for (int vector = 0; vector < USED; vector++)
-                weights[panel][vector] =
-                    Each::read(panels + ((panel * num_inputs + input) * VECTORS + vector * STEP) * LANES);
-        for (int token = 0; token < TOKENS; token++)
+        const auto read = [&](int panel, int vector) {
+            return Each::read(panels + ((panel * num_inputs + input) * VECTORS + vector * STEP) * LANES);
+        };
+        // One token waits for weights: all are asked for first. Several need the registers for their sums.
+        constexpr bool READS_AHEAD = TOKENS == 1 && sizeof(typename Each::Read) == sizeof(Floats);
+        typename Each::Read weights[READS_AHEAD ? PANELS : 1][USED];
+        if constexpr (READS_AHEAD)
             for (int panel = 0; panel < PANELS; panel++)
-                for (int vector = 0; vector < USED; vector++)
-                    Each::add(sums[token][panel][vector], weights[panel][vector], in_NI + token * num_inputs + input);
+                for (int vector = 0; vector < USED; vector++) weights[panel][vector] = read(panel, vector);
+        for (int panel = 0; panel < PANELS; panel++)
+            for (int vector = 0; vector < USED; vector++) {
+                const typename Each::Read own = READS_AHEAD ? weights[READS_AHEAD ? panel : 0][vector] : read(panel, vector);
+                for (int token = 0; token < TOKENS; token++)
+                    Each::add(sums[token][panel][vector], own, in_NI + token * num_inputs + input);
+            }
     }
     for (int token = 0; token < TOKENS; token++)
         for (int panel = 0; panel < PANELS; panel++)

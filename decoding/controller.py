@@ -23,7 +23,7 @@ from decoding.stopping import StoppingWeigher
 from decoding.telling import beliefs_of
 from decoding.weighing import MARGIN, Batch, Candidate, Weigher, advantages_of
 
-_KEPT_STEPS: Final = 8
+_KEPT_STEPS: Final = 16
 _CONFIRMED_STEPS: Final = 128
 _LONGER: Final = 3
 """A choice is used for so many steps, and for several times as many when it is confirmed: weighing takes time,
@@ -42,7 +42,7 @@ _OBSERVED_FIRST: Final = 16
 _NOT_THIS: Final = 2
 """The host's time is learned in the step that follows."""
 
-_SURPRISING: Final = 1.0
+_SURPRISING: Final = 0.8
 """Where nothing is drafted, drafts are soon repeated if so many more were kept than expected, in units of the
 square root of their number: what chance alone seldom gives.
 """
@@ -51,7 +51,10 @@ _GUESSED: Final = 0.95
 """What an exit layer promises that was hardly tried is worth so much of what another does."""
 
 _WORTH_CHANGING: Final = 1.02
-"""What is in use stays until something promises so much more."""
+_WORTH_MOVING: Final = 1.04
+"""What is in use stays until something promises so much more: the second where both draft, of which many promise
+about the same.
+"""
 
 
 class _Mode(NamedTuple):
@@ -90,6 +93,7 @@ class Controller:
         self._is_plain = False
         self._num_outcomes = 0
         self._host_steps = 0
+        self._has_weighed = False
         self._observed_layer = 0
         self._num_observed: Counter[int] = Counter()
         self._first_exit_layer = first_exit_layer
@@ -110,6 +114,7 @@ class Controller:
         standing = self._standing.get(occasion)
         if standing is None or not standing.serves(rows, self._num_steps):
             standing = self._decide(rows, occasion, num_others)
+            self._has_weighed = True
             keep(self._standing, occasion, standing)
         standing.steps_left -= 1
         self._promised = standing.candidate.rate
@@ -157,7 +162,10 @@ class Controller:
     def surveyed(self, seen: Mapping[int, Sequence[Seen]]) -> None:
         """Count drafts of one token that nobody made."""
         for exit_layer, of_rows in seen.items():
-            self._record.record(exit_layer, [(1, int(row.is_kept)) for row in of_rows])
+            fates = [(1, int(row.is_kept)) for row in of_rows]
+            if self._is_plain:
+                self._hurry_if_surprised(exit_layer, fates)
+            self._record.record(exit_layer, fates)
             for is_kept, grade, is_sampled in of_rows:
                 if grade is not None:
                     self._record.confidence.record(
@@ -185,7 +193,12 @@ class Controller:
         self._host_steps = _NOT_THIS
 
     def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
-        """Keep the costs current, by the step behind one that was learned from: learning took the host time."""
+        """Keep the costs current, by a step behind one that was learned from: learning takes the host time, and so
+        does weighing.
+        """
+        if self._has_weighed:
+            self._has_weighed = False
+            return
         self._host_steps -= 1
         if self._host_steps == 0:
             self._costs.observe_host(num_rows, host_s, drafts=drafts)
@@ -274,7 +287,8 @@ class Controller:
         known = self._mode.weigher.rated(replace(settled.candidate, lengths=lengths), batch)
         if known.drafts and known.rate <= _WORTH_CHANGING * plain.rate:
             return found
-        return found if found.rate > _WORTH_CHANGING * known.rate else known
+        enough = _WORTH_MOVING if known.drafts and found.drafts else _WORTH_CHANGING
+        return found if found.rate > enough * known.rate else known
 
     def _num_steps_of(self, settled: Standing | None, chosen: Candidate, batch: Batch) -> int:
         """How long it is used: longer each time that nothing else was found, but not past the next look."""

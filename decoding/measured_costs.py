@@ -17,6 +17,7 @@ from decoding.step_costs import (
     LEAST_S,
     PLACES,
     ROWS,
+    STEEPEST,
     WIDTHS,
     DraftSeconds,
     Floats,
@@ -59,7 +60,7 @@ def fitted_costs(measured: Sequence[StepTime], *, num_layers: int) -> StepCosts:
         layer_s_R = _layers(deep, start_s_R, step_s_R, exit_layer)
     else:
         layer_s_R = _layers_of_plain(step_s_R, exit_layer, table_RW[:, 0], num_layers)
-    head_s_R = np.maximum(step_s_R - exit_layer * layer_s_R, LEAST_S)
+    head_s_R = step_s_R - exit_layer * layer_s_R
     saved_s_RW = _saved(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
     saved_s_RW *= _share_saved(deep, table_RW, saved_s_RW, exit_layer)[:, None]
     whole_s_RW = table_RW + exit_layer * saved_s_RW
@@ -146,7 +147,7 @@ def _layers(deep: Sequence[StepTime], start_s_R: Floats, step_s_R: Floats, exit_
         row = ROWS.index(step.num_rows)
         deep_s = (step.draft_s - start_s_R[row]) / step.draft_length
         layer_s = (deep_s - step_s_R[row]) / (step.exit_layer - exit_layer)
-        layer_s_R[row] = np.fmin(layer_s_R[row], np.clip(layer_s, LEAST_S, step_s_R[row] / exit_layer))
+        layer_s_R[row] = np.fmin(layer_s_R[row], np.clip(layer_s, LEAST_S, STEEPEST * step_s_R[row] / exit_layer))
     return _in_proportion(layer_s_R / step_s_R) * step_s_R
 
 

@@ -24,15 +24,18 @@ WIDTHS: Final = (1, 2, 3, 5, 9, 17)
 PLACES: Final = np.arange(len(ROWS))
 """Where these stand on a scale that doubles from one to the next."""
 
+STEEPEST: Final = 2.0
+_LEAST_SHARE: Final = 0.6
+"""A layer may cost so many times what each of the usual exit layer's does, since few layers stay in a near cache that
+more leave. The line is then below nothing at its start; but layers cost so much of their price at least.
+"""
+
 LEAST_S: Final = 1e-7
 """No time is less: it may be divided by."""
 _KNOWN: Final = 10
 _PACE: Final = 0.1
 _SHARED_PACE: Final = 0.05
 """Share of a step's surprise that is believed, of its shape and of the whole machine, once its shape is known."""
-
-_HELD_UP_PACE: Final = 0.03
-"""The host is often held up, by a choice or by what comes and goes; what it takes otherwise is compared."""
 
 _NEAR: Final = 2.0
 """Exit layers so close to those mostly drafted at say how fast the machine is; others, what depth costs."""
@@ -57,7 +60,8 @@ class StepCosts:
     """Expected seconds of draft steps, of verification passes and of the host beside them; `observe` and
     `observe_host` keep them true to what steps take.
 
-    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`, and the first one `start[r]` more.
+    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`, and the first one `start[r]` more. A head
+    below 0 says that layers cost more the more there are.
     Verifying w tokens of each costs `verify[r, w] − E · saved[r, w]`: in each layer before the exit the pass runs
     over the last draft alone instead of over all positions. The host takes `host[0, r]` in a step without drafts,
     `host[1, r]` in one with them.
@@ -87,7 +91,8 @@ class StepCosts:
         """Seconds of one draft step of each of these numbers of rows at these exit layers; 0 for no rows."""
         places = place_of_each(num_rows)
         head_s, layer_s = (np.interp(places, PLACES, each_R) for each_R in (self._head_s_R, self._layer_s_R))
-        step_s: Floats = (head_s + exit_layers * layer_s) * (num_rows > 0)
+        layers_s = exit_layers * layer_s
+        step_s: Floats = np.maximum(head_s + layers_s, _LEAST_SHARE * layers_s) * (num_rows > 0)
         return step_s
 
     def start_s(self, num_rows: int) -> float:
@@ -114,8 +119,7 @@ class StepCosts:
         """Learn from any step; one that was held up counts little."""
         place = int(drafts), round(_place_of(num_rows))
         known_s = self._host_s_2R[place]
-        pace = _HELD_UP_PACE if host_s > known_s else _PACE
-        self._host_s_2R[place] += pace * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
+        self._host_s_2R[place] += _PACE * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
 
     def observe(
         self, exit_layer: int, draft_lengths: Sequence[int], *, draft_s: float, verify_s: float
@@ -168,8 +172,8 @@ class StepCosts:
         there_s *= _bounded(surprise) ** max(_PACE, 1 / (1 + self._num_tilted_R[row]))
         at_centre_s = self._head_s_R[row] + centre * self._layer_s_R[row]
         tilted_s = (there_s - at_centre_s) / (exit_layer - centre)
-        self._layer_s_R[row] = min(max(tilted_s, LEAST_S), at_centre_s / centre)
-        self._head_s_R[row] = max(at_centre_s - centre * self._layer_s_R[row], LEAST_S)
+        self._layer_s_R[row] = min(max(tilted_s, LEAST_S), STEEPEST * at_centre_s / centre)
+        self._head_s_R[row] = at_centre_s - centre * self._layer_s_R[row]
         self._num_tilted_R[row] += 1
 
 

@@ -169,11 +169,27 @@ class StoppingWeigher(Weigher):
         drafting_LTK = np.maximum(made_LTK, 1.0)
         steps_s_LTK = self._costs.draft_s(exit_layers_L[:, None, None], drafting_LTK)
         draft_s_LT = (steps_s_LTK * (made_LTK / drafting_LTK)).sum(axis=2)
-        num_tokens_LT = batch.num_rows + made_LTK.sum(axis=2)
-        verify_s_LT = self._costs.verify_s(exit_layers_L[:, None], batch.num_rows, num_tokens_LT)
+        verify_s_LT = self._verify_s(exit_layers_L, batch, made_LTK)
         other_s = self._costs.start_s(batch.num_rows) + self._costs.host_s(batch.num_rows, drafts=True)
         seconds_LT: Floats = draft_s_LT + verify_s_LT + other_s
         return seconds_LT
+
+    def _verify_s(self, exit_layers_L: Counts, batch: Batch, made_LTK: Floats) -> Floats:
+        """Of passes over as many drafts as steps happen to make: few and many cost more than a medium number always.
+
+        Of one row their number is as it comes; the more rows there are, the nearer it is to what is expected.
+        """
+        num_drafting = batch.num_rows - batch.num_others
+        reached_LTK = made_LTK / num_drafting
+        mean_LT1 = reached_LTK.sum(axis=2, keepdims=True)
+        share_LTK = reached_LTK.copy()
+        share_LTK[:, :, :-1] -= reached_LTK[:, :, 1:]
+        lengths_K = np.arange(1, reached_LTK.shape[2] + 1)
+        length_LTK = mean_LT1 + (lengths_K - mean_LT1) / math.sqrt(num_drafting)
+        num_tokens_LTK = batch.num_rows + num_drafting * np.maximum(length_LTK, 0.0)
+        each_s_LTK = self._costs.verify_s(exit_layers_L[:, None, None], batch.num_rows, num_tokens_LTK)
+        verify_s_LT: Floats = (share_LTK * each_s_LTK).sum(axis=2)
+        return verify_s_LT
 
     def _grades(self, exit_layer: int, is_sampled: bool, *, hopes: bool = False) -> Grades:
         """With `hopes` drafts are refused as much less often as they might be by what was seen of them."""
