@@ -23,11 +23,12 @@ from decoding.stopping import StoppingWeigher
 from decoding.telling import beliefs_of
 from decoding.weighing import MARGIN, Batch, Candidate, Weigher, advantages_of
 
-_KEPT_STEPS: Final = 16
+_KEPT_STEPS: Final = 8
+_MOVED_STEPS: Final = 16
 _CONFIRMED_STEPS: Final = 128
 _LONGER: Final = 3
-"""A choice is used for so many steps, and for several times as many when it is confirmed: weighing takes time,
-and steps of one shape share their preparation.
+"""A choice is used for so many steps, longer where only the way of drafting changed, and for several times as many
+when it is confirmed: weighing takes time, and steps of one shape share their preparation.
 """
 
 _FIRST_STEPS: Final = 64
@@ -42,7 +43,7 @@ _OBSERVED_FIRST: Final = 16
 _NOT_THIS: Final = 2
 """The host's time is learned in the step that follows."""
 
-_SURPRISING: Final = 0.8
+_SURPRISING: Final = 1.0
 """Where nothing is drafted, drafts are soon repeated if so many more were kept than expected, in units of the
 square root of their number: what chance alone seldom gives.
 """
@@ -91,6 +92,7 @@ class Controller:
         self._promised = 0.0
         self._num_steps = 0
         self._is_plain = False
+        self._surprise, self._num_reached = 0.0, 0
         self._num_outcomes = 0
         self._host_steps = 0
         self._has_weighed = False
@@ -162,10 +164,7 @@ class Controller:
     def surveyed(self, seen: Mapping[int, Sequence[Seen]]) -> None:
         """Count drafts of one token that nobody made."""
         for exit_layer, of_rows in seen.items():
-            fates = [(1, int(row.is_kept)) for row in of_rows]
-            if self._is_plain:
-                self._hurry_if_surprised(exit_layer, fates)
-            self._record.record(exit_layer, fates)
+            self._record.record(exit_layer, [(1, int(row.is_kept)) for row in of_rows])
             for is_kept, grade, is_sampled in of_rows:
                 if grade is not None:
                     self._record.confidence.record(
@@ -232,6 +231,7 @@ class Controller:
         settled = self._settled.get(occasion)
         chosen = self._unless_like(settled, found, plain, batch)
         self._is_plain = not chosen.drafts
+        self._surprise, self._num_reached = 0.0, 0
         look = explorer.look(self._num_steps, chosen, best, batch, layers=occasion.among)
         used = look.candidate if look else chosen
         standing = Standing.of(
@@ -249,14 +249,15 @@ class Controller:
         return standing
 
     def _hurry_if_surprised(self, exit_layer: int, fates: Sequence[tuple[int, int]]) -> None:
-        """Look soon at drafts where none are made, if more were kept than chance alone explains."""
+        """Look soon at drafts where none are made, if more were kept since the last look began than chance alone
+        explains.
+        """
         expected = self._record.expected(exit_layer)
-        surprise, num_reached = 0.0, 0
         for drafted, kept in fates:
             reached = min(kept + 1, drafted, len(expected) - 1)
-            surprise += kept - expected[reached]
-            num_reached += reached
-        if surprise > _SURPRISING * math.sqrt(num_reached):
+            self._surprise += kept - expected[reached]
+            self._num_reached += reached
+        if self._surprise > _SURPRISING * math.sqrt(self._num_reached):
             self._mode.explorer.hurry(self._num_steps)
 
     def _saw(self, num_tokens: int, *, surveyed: bool = False) -> None:
@@ -299,7 +300,8 @@ class Controller:
             and settled.by_advantage == dict(zip(batch.advantages, chosen.lengths, strict=True))
         )
         if settled is None or not is_confirmed:
-            return _KEPT_STEPS
+            has_moved = settled is not None and settled.candidate.drafts and chosen.drafts
+            return _MOVED_STEPS if has_moved else _KEPT_STEPS
         until_look = self._mode.explorer.next_look - self._num_steps
         return max(_KEPT_STEPS, min(_LONGER * settled.num_steps, _CONFIRMED_STEPS, until_look))
 

@@ -19,16 +19,17 @@ _HOPELESS_STEPS: Final = 4096
 """The fewest and most steps between two looks, and between two where no draft ever paid."""
 
 _LOOKED_STEPS: Final = 4
-"""How long a look lasts. Surveys of many rows are shorter: as many tokens say as much."""
+_SURVEYED_STEPS: Final = 2
+"""How long a look lasts, and a survey of one row: of more rows it is shorter, as many tokens say as much."""
 
-_SURVEY_STEPS: Final = 24
+_SURVEY_STEPS: Final = 32
 _SURVEYED_TOKENS: Final = 32
 """Steps between two surveys at the beginning; twice as many for each so many tokens that were surveyed."""
 
 _MOST_SURVEYED: Final = 6
 """Exit layers that one survey takes in: each costs a head."""
 
-_WORTH_A_LOOK: Final = 1.02
+_WORTH_A_LOOK: Final = 1.05
 """An exit layer is looked at if with luck it promises so much more than what is chosen."""
 
 _HOPELESS_TOKENS: Final = 60
@@ -118,7 +119,7 @@ class Explorer:
         return Look(once, _LOOKED_STEPS)
 
     def _survey(self, plain: Candidate, surveyed: ExitLayers, batch: Batch) -> Look:
-        return Look(plain, max(1, _LOOKED_STEPS // batch.num_rows), surveyed)
+        return Look(plain, max(1, _SURVEYED_STEPS // batch.num_rows), surveyed)
 
     def _hopeful(self, chosen: Candidate, batch: Batch) -> ExitLayers:
         """The best of the exit layers that beat what is chosen if all goes well where little was seen."""

@@ -1,10 +1,12 @@
 """What drafts that stop by themselves promise a batch: expected tokens over expected seconds.
 
-Where rows draft until they are unsure, what is chosen is an exit layer and the bound at which they stop.
+Where rows draft until they are unsure, what is chosen is an exit layer and the bound at which they stop; or, what
+costs least of all to verify, a length that all of them draft however sure they are.
 
 Knows expected costs and how sure drafts are; knows neither tokens nor what was chosen before.
 
-Shapes: L exit layers that are weighed, W kinds of row, T bounds, J levels of chance, G grades, K draft positions.
+Shapes: L exit layers that are weighed, W kinds of row, T bounds, J levels of chance, G grades, K draft positions,
+C candidates: the bounds, then the lengths.
 """
 
 from __future__ import annotations
@@ -38,10 +40,13 @@ _GONE: Final = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Walks:
-    """Drafts a row is expected to make at each position, [W, T, K], and to keep, [W, T]: of W kinds of row."""
+    """Drafts a row is expected to make at each position, [W, T, K], and to keep, [W, T], with each bound; and the
+    chance that all are kept up to each position of a row that never stops, [W, K].
+    """
 
     made_WTK: Floats
     kept_WT: Floats
+    all_WK: Floats
 
     @classmethod
     def of(cls, kinds: Sequence[Grades], bounds: Sequence[float], longest: int) -> Self:
@@ -64,7 +69,7 @@ class Walks:
             kept_WT += rows_WTJ @ _LEVELS * means_W1
             rows_WTJ = rows_WTJ @ moves_WJJ
             rows_WTJ *= goes_on_TJ
-        return cls(made_WTK, kept_WT)
+        return cls(made_WTK, kept_WT, means_W1 ** np.arange(1, longest + 1))
 
 
 def _moves(kinds: Sequence[Grades]) -> Floats:
@@ -92,26 +97,31 @@ class StoppingWeigher(Weigher):
 
     def __init__(self, costs: StepCosts, record: AcceptanceRecord) -> None:
         super().__init__(costs, record)
-        self._known: dict[tuple[int, bool, int], tuple[tuple[int, float], tuple[Floats, Floats]]] = {}
+        self._known: dict[tuple[int, bool, int], tuple[tuple[int, float], list[Floats]]] = {}
 
     def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
-        """For each exit layer the best bound, if drafts are kept as expected or, with `hopes`, might be."""
+        """For each exit layer the best bound or length, if drafts are kept as expected or, with `hopes`, might be."""
         kinds = _kinds(batch)
+        lengths = range(1, batch.longest + 1)
         if hopes:
             grades = [
                 self._grades(layer, is_sampled, hopes=True) for layer in exit_layers for is_sampled in kinds
             ]
-            return self._best(exit_layers, batch, _BOUNDS, Walks.of(grades, _BOUNDS, batch.longest))
-        return self._best(exit_layers, batch, _BOUNDS, self._walks(exit_layers, kinds, batch.longest))
+            walks = Walks.of(grades, _BOUNDS, batch.longest)
+        else:
+            walks = self._walks(exit_layers, kinds, batch.longest)
+        return self._best(exit_layers, batch, _BOUNDS, lengths, walks)
 
     def rated(self, like: Candidate, batch: Batch) -> Candidate:
         """The same for another batch, or by what is known since."""
         if not like.drafts:
             return self.plain(like.exit_layer, batch)
-        batch = replace(batch, longest=min(batch.longest, max(like.lengths)))
+        longest = min(batch.longest, max(like.lengths))
         grades = [self._grades(like.exit_layer, is_sampled) for is_sampled in _kinds(batch)]
-        bounds = (like.least,)
-        (candidate,) = self._best([like.exit_layer], batch, bounds, Walks.of(grades, bounds, batch.longest))
+        bounds = (like.least,) if like.least else ()
+        lengths = () if like.least else (longest,)
+        walks = Walks.of(grades, bounds, longest)
+        (candidate,) = self._best([like.exit_layer], batch, bounds, lengths, walks)
         return candidate
 
     def stopping(self, candidate: Candidate) -> Stopping | None:
@@ -136,31 +146,44 @@ class StoppingWeigher(Weigher):
         new = [place for place in places if self._known.get(place, (None, None))[0] != known[place]]
         if new:
             walks = Walks.of([self._grades(*place[:2]) for place in new], _BOUNDS, longest)
-            for place, made_TK, kept_T in zip(new, walks.made_WTK, walks.kept_WT, strict=True):
-                self._known[place] = known[place], (made_TK, kept_T)
-        made, kept = zip(*(self._known[place][1] for place in places), strict=True)
-        return Walks(np.array(made), np.array(kept))
+            for place, *own in zip(new, walks.made_WTK, walks.kept_WT, walks.all_WK, strict=True):
+                self._known[place] = known[place], own
+        made, kept, whole = zip(*(self._known[place][1] for place in places), strict=True)
+        return Walks(np.array(made), np.array(kept), np.array(whole))
 
     def _best(
-        self, exit_layers: Sequence[int], batch: Batch, bounds: Sequence[float], walks: Walks
+        self,
+        exit_layers: Sequence[int],
+        batch: Batch,
+        bounds: Sequence[float],
+        lengths: Sequence[int],
+        walks: Walks,
     ) -> list[Candidate]:
-        """For each exit layer the best of these bounds. Walks are those of each kind of row, layer by layer."""
+        """For each exit layer the best of these. Walks are those of each kind of row, layer by layer."""
         counts_S = np.array([num for num in (batch.num_greedy, batch.num_sampled) if num], dtype=np.float64)
-        by_kind = (len(exit_layers), len(counts_S), len(bounds))
-        made_LTK = np.einsum("s,lstk->ltk", counts_S, walks.made_WTK.reshape(*by_kind, -1))
-        kept_LT = np.einsum("s,lst->lt", counts_S, walks.kept_WT.reshape(by_kind))
-        rates_LT = (batch.num_rows + kept_LT) / self._seconds(np.array(exit_layers), batch, made_LTK)
-        num_drafting = counts_S.sum()
-        bests = rates_LT.argmax(axis=1).tolist()
+        num_drafting = float(counts_S.sum())
+        by_kind = (len(exit_layers), len(counts_S))
+        num_positions = walks.made_WTK.shape[2]
+        made_LTK = np.einsum("s,lstk->ltk", counts_S, walks.made_WTK.reshape(*by_kind, len(bounds), num_positions))
+        kept_LT = np.einsum("s,lst->lt", counts_S, walks.kept_WT.reshape(*by_kind, len(bounds)))
+        all_LK = np.einsum("s,lsk->lk", counts_S, walks.all_WK.reshape(*by_kind, num_positions))
+        is_made_NK = np.arange(num_positions) < np.array(lengths, dtype=np.int64)[:, None]
+        fixed_LNK = np.broadcast_to(is_made_NK * num_drafting, (len(exit_layers), *is_made_NK.shape))
+        made_LCK = np.concatenate((made_LTK, fixed_LNK), axis=1)
+        kept_LC = np.concatenate((kept_LT, all_LK @ is_made_NK.T), axis=1)
+        rates_LC = (batch.num_rows + kept_LC) / self._seconds(np.array(exit_layers), batch, made_LCK)
+        least_C = (*bounds, *[0.0] * len(lengths))
         return [
             Candidate(
                 layer,
-                (int((made_TK[best] > 0).sum()),) * len(batch.advantages),
-                float(rates_T[best]),
-                bounds[best],
-                float(made_TK[best].sum() / num_drafting),
+                (int((made_CK[best] > 0).sum()),) * len(batch.advantages),
+                float(rates_C[best]),
+                least_C[best],
+                float(made_CK[best].sum() / num_drafting),
             )
-            for layer, made_TK, rates_T, best in zip(exit_layers, made_LTK, rates_LT, bests, strict=True)
+            for layer, made_CK, rates_C, best in zip(
+                exit_layers, made_LCK, rates_LC, rates_LC.argmax(axis=1).tolist(), strict=True
+            )
         ]
 
     def _seconds(self, exit_layers_L: Counts, batch: Batch, made_LTK: Floats) -> Floats:

@@ -159,7 +159,7 @@ def rate(seconds: Seconds, candidate: Candidate, num_rows: int, record: Acceptan
 @pytest.mark.parametrize("seconds", [flat, linear, dear_steps, linear_with_gain, not_monotone])
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_the_bound_and_exit_layer_it_finds_are_as_good_as_any(seconds: Seconds, num_rows: int) -> None:
-    """Against all bounds at several exit layers, each played out."""
+    """Against bounds and lengths at several exit layers, each played out."""
     under_test = weigher(seconds)
     batch = Batch.of([1.0] * num_rows, longest=LONGEST, num_others=0, num_sampled=num_rows)
     layers = (2, 4, 8, 12)
@@ -170,6 +170,11 @@ def test_the_bound_and_exit_layer_it_finds_are_as_good_as_any(seconds: Seconds, 
         rate(seconds, Candidate(layer, (LONGEST,), 0.0, least), num_rows, record)
         for layer in layers
         for least in (0.35, 0.6, 0.9)
+    ]
+    others += [
+        rate(seconds, Candidate(layer, (length,), 0.0), num_rows, record)
+        for layer in layers
+        for length in (1, 2, 3, 5)
     ]
     assert reached > 0.95 * max(others)
     assert found.rate == pytest.approx(reached, rel=0.1)
