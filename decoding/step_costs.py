@@ -102,9 +102,12 @@ class StepCosts:
     def verify_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
         """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at these exit layers."""
         widths = num_tokens / num_rows
-        whole_s: Floats = np.interp(widths, WIDTHS, _between(self._verify_s_RW, num_rows))
+        whole_s_W = _between(self._verify_s_RW, num_rows)
+        whole_s: Floats = np.interp(widths, WIDTHS, whole_s_W)
         saved_s = exit_layers * np.interp(widths, WIDTHS, _between(self._saved_s_RW, num_rows))
-        left_s: Floats = np.maximum(whole_s - saved_s, LEAST_S)
+        # Wherever drafts left, one token of each row passes all layers.
+        least_s = max(float(whole_s_W[0]), LEAST_S)
+        left_s: Floats = np.maximum(whole_s - saved_s, least_s)
         return left_s
 
     def plain_s(self, num_rows: int) -> float:
