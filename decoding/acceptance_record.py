@@ -7,7 +7,6 @@ Shapes: L exit layers, K draft positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -88,6 +87,7 @@ class AcceptanceRecord:
         self._kept_LK = np.zeros_like(self._reached_LK)
         self.confidence = ConfidenceRecord(num_layers)
         self._pending: dict[int, list[tuple[int, int]]] = {}
+        self._firsts_L: Floats | None = None
         self._curves: dict[int, Floats] = {}
         self._expected: dict[int, list[float]] = {}
 
@@ -110,8 +110,7 @@ class AcceptanceRecord:
             self._kept_LK[exit_layer] += self._reaching([kept for _, kept in fates])
         if self._pending:
             self._pending.clear()
-            self._curves.clear()
-            self._expected.clear()
+            self._forget()
 
     def _reaching(self, counts: list[int]) -> Floats:
         """How many of these counts reach each position, [K]."""
@@ -126,6 +125,11 @@ class AcceptanceRecord:
         self._reached_LK[is_old_L] *= LONG_AGO
         self._kept_LK[is_old_L] *= LONG_AGO
         self.confidence.fade(but=but)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was worked out from counts that have changed."""
+        self._firsts_L = None
         self._curves.clear()
         self._expected.clear()
 
@@ -159,32 +163,43 @@ class AcceptanceRecord:
             self._expected[exit_layer] = [0.0, *self.curve(exit_layer).cumsum().tolist()]
         return self._expected[exit_layer]
 
+    def firsts(self) -> Floats:
+        """Probability that a first draft is kept, of all exit layers, [L]."""
+        if self._firsts_L is None:
+            guess_L, reached_L = self._guess(), self._reached_LK[:, 0]
+            seen_L = (self._kept_LK[:, 0] + _FIRST_PRIOR * guess_L) / (reached_L + _FIRST_PRIOR)
+            self._firsts_L = np.minimum(seen_L, SUREST)
+        return self._firsts_L
+
     def _estimate(self, exit_layer: int) -> Floats:
         # In Python's numbers: a handful of them, one after the other.
         reached_K, kept_K = self._reached_LK[exit_layer].tolist(), self._kept_LK[exit_layer].tolist()
-        curve = []
+        guess = float(self.firsts()[exit_layer])
+        curve = [guess]
         # A position that few drafts reached is taken to be like the one before it.
-        guess, prior = self._guess(exit_layer), _FIRST_PRIOR
-        for reached, kept in zip(reached_K, kept_K, strict=True):
-            guess = min((kept + prior * guess) / (reached + prior), SUREST)
+        for reached, kept in zip(reached_K[1:], kept_K[1:], strict=True):
+            guess = min((kept + _PRIOR * guess) / (reached + _PRIOR), SUREST)
             curve.append(guess)
-            prior = _PRIOR
         return np.array(curve)
 
-    def _guess(self, exit_layer: int) -> float:
-        """First-draft acceptance, from the nearest other exit layer that was tried.
+    def _guess(self) -> Floats:
+        """First-draft acceptance of each exit layer, from the nearest other one that was tried, [L].
 
         Towards the last layer refusals fade in proportion; towards the first, where a head sees least, acceptance
         falls like the root of the depth.
         """
-        tried = np.flatnonzero(self._reached_LK[:, 0] > _TRIED)
-        tried = tried[tried != exit_layer]
-        if len(tried):
-            nearest = int(tried[np.abs(tried - exit_layer).argmin()])
-            rate = float(self._kept_LK[nearest, 0] / self._reached_LK[nearest, 0])
-        else:
-            nearest, rate = self._first
-        if exit_layer < nearest:
-            return rate * math.sqrt(exit_layer / nearest)
-        refused = (1 - rate) * (self._num_layers - exit_layer) / (self._num_layers - nearest)
-        return min(1 - refused, SUREST)
+        layers_L = np.arange(self._num_layers)
+        nearest_L, rates_L = (np.full(self._num_layers, each) for each in self._first)
+        tried_N = np.flatnonzero(self._reached_LK[:, 0] > _TRIED)
+        if len(tried_N):
+            distances_LN = np.abs(layers_L[:, None] - tried_N).astype(np.float64)
+            distances_LN[distances_LN == 0] = np.inf
+            places_L = distances_LN.argmin(axis=1)
+            has_other_L = np.isfinite(distances_LN.min(axis=1))
+            seen_N = self._kept_LK[tried_N, 0] / self._reached_LK[tried_N, 0]
+            nearest_L = np.where(has_other_L, tried_N[places_L], nearest_L)
+            rates_L = np.where(has_other_L, seen_N[places_L], rates_L)
+        shallow_L = rates_L * np.sqrt(layers_L / nearest_L)
+        refused_L = (1 - rates_L) * (self._num_layers - layers_L) / (self._num_layers - nearest_L)
+        guess_L: Floats = np.where(layers_L < nearest_L, shallow_L, np.minimum(1 - refused_L, SUREST))
+        return guess_L

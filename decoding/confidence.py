@@ -41,6 +41,9 @@ COUNTED_TOGETHER: Final = 256
 _PRIOR: Final = 6.0
 """What a guess counts in each grade against drafts that were seen."""
 
+_RATE_PRIOR: Final = 16.0
+"""The same of drafts of all grades together."""
+
 _TRIED: Final = 64.0
 """Drafts after which an exit layer tells how margins of others are to be read."""
 
@@ -112,6 +115,14 @@ class ConfidenceRecord:
                 counts_2LG[place] *= fading
                 counts_2LG[place] += np.bincount(np.array(seen, dtype=np.int64), minlength=NUM_GRADES)
         self._pending.clear()
+
+    def rates(self, exit_layers: Sequence[int], *, is_sampled: bool, means_L: Floats) -> Floats:
+        """How likely drafts are kept there whatever their margins; where few were seen, as `means_L` says, [L]."""
+        layers = list(exit_layers)
+        reached_L = self._reached_2LG[int(is_sampled), layers].sum(axis=1)
+        kept_L = self._kept_2LG[int(is_sampled), layers].sum(axis=1)
+        rates_L: Floats = np.minimum((kept_L + _RATE_PRIOR * means_L) / (reached_L + _RATE_PRIOR), _SUREST)
+        return rates_L
 
     def fade(self, *, but: int | None = None) -> None:
         """Believe what was counted less, of all exit layers but one: it was long ago."""

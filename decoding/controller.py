@@ -118,7 +118,7 @@ class Controller:
             standing = self._decide(rows, occasion, num_others)
             self._has_weighed = True
             keep(self._standing, occasion, standing)
-        standing.steps_left -= 1
+        standing = standing.now()
         self._promised = standing.candidate.rate
         if not among:
             self.exit_layer = standing.exit_layer
@@ -164,7 +164,10 @@ class Controller:
     def surveyed(self, seen: Mapping[int, Sequence[Seen]]) -> None:
         """Count drafts of one token that nobody made."""
         for exit_layer, of_rows in seen.items():
-            self._record.record(exit_layer, [(1, int(row.is_kept)) for row in of_rows])
+            fates = [(1, int(row.is_kept)) for row in of_rows]
+            if self._is_plain:
+                self._hurry_if_surprised(exit_layer, fates)
+            self._record.record(exit_layer, fates)
             for is_kept, grade, is_sampled in of_rows:
                 if grade is not None:
                     self._record.confidence.record(
@@ -233,20 +236,23 @@ class Controller:
         self._is_plain = not chosen.drafts
         self._surprise, self._num_reached = 0.0, 0
         look = explorer.look(self._num_steps, chosen, best, batch, layers=occasion.among)
-        used = look.candidate if look else chosen
-        standing = Standing.of(
-            used,
-            batch,
-            advantages,
-            step=self._num_steps,
-            span=Span(look.num_steps, look.surveyed)
-            if look
-            else Span(self._num_steps_of(settled, chosen, batch)),
-            stopping=weigher.stopping(used),
-        )
+
+        def standing(candidate: Candidate, span: Span) -> Standing:
+            stopping = weigher.stopping(candidate)
+            return Standing.of(
+                candidate, batch, advantages, step=self._num_steps, span=span, stopping=stopping
+            )
+
+        stands = standing(chosen, Span(self._num_steps_of(settled, chosen, batch)))
+        keep(self._settled, occasion, stands)
         if look is None:
-            keep(self._settled, occasion, standing)
-        return standing
+            return stands
+        looking = standing(look.candidate, Span(look.num_steps, look.surveyed))
+        if not chosen.drafts:
+            # What is seen now decides whether anything is drafted.
+            return looking
+        stands.look = looking
+        return stands
 
     def _hurry_if_surprised(self, exit_layer: int, fates: Sequence[tuple[int, int]]) -> None:
         """Look soon at drafts where none are made, if more were kept since the last look began than chance alone

@@ -23,7 +23,7 @@ _SURVEYED_STEPS: Final = 2
 """How long a look lasts, and a survey of one row: of more rows it is shorter, as many tokens say as much."""
 
 _SURVEY_STEPS: Final = 32
-_SURVEYED_TOKENS: Final = 32
+_SURVEYED_TOKENS: Final = 16
 """Steps between two surveys at the beginning; twice as many for each so many tokens that were surveyed."""
 
 _MOST_SURVEYED: Final = 6

@@ -58,7 +58,9 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class Standing:
-    """A choice in use, until a step, and what rows get: those that came since, what an unknown row would."""
+    """A choice in use, until a step, and what rows get: those that came since, what an unknown row would. At first
+    there may be a `look` at something else.
+    """
 
     candidate: Candidate
     stopping: Stopping | None
@@ -68,6 +70,13 @@ class Standing:
     steps_left: int
     last_step: int
     surveyed: ExitLayers
+    look: Standing | None = None
+
+    def now(self) -> Standing:
+        """What this step does: this, or the look that comes first; a step less is left of it."""
+        one = self.look if self.look is not None and self.look.steps_left > 0 else self
+        one.steps_left -= 1
+        return one
 
     def serves(self, rows: Sequence[DraftingRow], step: int) -> bool:
         """Whether it still stands: rows that are new are like some it was made for."""

@@ -34,19 +34,19 @@ _LEVELS: Final = _RATIO ** np.arange(_NUM_LEVELS)
 _DISTANCES_JJ: Final = (np.arange(_NUM_LEVELS) - np.arange(_NUM_LEVELS)[:, None]) % (2 * _NUM_LEVELS)
 """How many levels lie between two, modulo twice as many as there are."""
 
+_PLAYED: Final = 3
+"""Bounds are tried at so many exit layers, those that promise most with a length."""
+
 _GONE: Final = 0.02
 """Where so small a share of rows would draft still, none does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Walks:
-    """Drafts a row is expected to make at each position, [W, T, K], and to keep, [W, T], with each bound; and the
-    chance that all are kept up to each position of a row that never stops, [W, K].
-    """
+    """Drafts a row is expected to make at each position, [W, T, K], and to keep, [W, T]: of W kinds of row."""
 
     made_WTK: Floats
     kept_WT: Floats
-    all_WK: Floats
 
     @classmethod
     def of(cls, kinds: Sequence[Grades], bounds: Sequence[float], longest: int) -> Self:
@@ -69,7 +69,7 @@ class Walks:
             kept_WT += rows_WTJ @ _LEVELS * means_W1
             rows_WTJ = rows_WTJ @ moves_WJJ
             rows_WTJ *= goes_on_TJ
-        return cls(made_WTK, kept_WT, means_W1 ** np.arange(1, longest + 1))
+        return cls(made_WTK, kept_WT)
 
 
 def _moves(kinds: Sequence[Grades]) -> Floats:
@@ -97,36 +97,36 @@ class StoppingWeigher(Weigher):
 
     def __init__(self, costs: StepCosts, record: AcceptanceRecord) -> None:
         super().__init__(costs, record)
-        self._known: dict[tuple[int, bool, int], tuple[tuple[int, float], list[Floats]]] = {}
+        self._known: dict[tuple[int, bool, int], tuple[tuple[int, float], tuple[Floats, Floats]]] = {}
 
     def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
-        """For each exit layer the best bound or length, if drafts are kept as expected or, with `hopes`, might be."""
-        kinds = _kinds(batch)
-        lengths = range(1, batch.longest + 1)
+        """For each exit layer the best length, or of those that do best by these also the best bound; if drafts are
+        kept as expected or, with `hopes`, might be.
+        """
+        fixed = self._of_length(exit_layers, batch, range(1, batch.longest + 1), hopes=hopes)
         if hopes:
-            grades = [
-                self._grades(layer, is_sampled, hopes=True) for layer in exit_layers for is_sampled in kinds
-            ]
-            walks = Walks.of(grades, _BOUNDS, batch.longest)
-        else:
-            walks = self._walks(exit_layers, kinds, batch.longest)
-        return self._best(exit_layers, batch, _BOUNDS, lengths, walks)
+            return fixed
+        promising = sorted(fixed, key=lambda each: -each.rate)[:_PLAYED]
+        layers = [each.exit_layer for each in promising]
+        walks = self._walks(layers, _kinds(batch), batch.longest)
+        stopping = zip(layers, self._with_bounds(layers, batch, _BOUNDS, walks), strict=True)
+        better = {layer: each for layer, each in stopping}
+        return [max(each, better.get(each.exit_layer, each), key=_rate) for each in fixed]
 
     def rated(self, like: Candidate, batch: Batch) -> Candidate:
         """The same for another batch, or by what is known since."""
         if not like.drafts:
             return self.plain(like.exit_layer, batch)
-        longest = min(batch.longest, max(like.lengths))
+        layers, longest = [like.exit_layer], min(batch.longest, max(like.lengths))
+        if not like.least:
+            return self._of_length(layers, batch, [longest])[0]
         grades = [self._grades(like.exit_layer, is_sampled) for is_sampled in _kinds(batch)]
-        bounds = (like.least,) if like.least else ()
-        lengths = () if like.least else (longest,)
-        walks = Walks.of(grades, bounds, longest)
-        (candidate,) = self._best([like.exit_layer], batch, bounds, lengths, walks)
-        return candidate
+        walks = Walks.of(grades, (like.least,), longest)
+        return self._with_bounds(layers, batch, (like.least,), walks)[0]
 
     def stopping(self, candidate: Candidate) -> Stopping | None:
-        """When rows stop that draft so; None where none drafts."""
-        if not candidate.drafts:
+        """When rows stop that draft so; None where none does."""
+        if not candidate.least:
             return None
         chances = [self._grades(candidate.exit_layer, is_sampled).chances_G for is_sampled in (False, True)]
         return Stopping(np.array(chances, dtype=np.float32), candidate.least)
@@ -139,51 +139,64 @@ class StoppingWeigher(Weigher):
         known = {
             (layer, is_sampled, longest): (
                 int(versions_2L[int(is_sampled), layer]),
-                round(float(self._record.curve(layer)[0]), 2),
+                round(float(self._record.firsts()[layer]), 2),
             )
             for layer, is_sampled, _ in places
         }
         new = [place for place in places if self._known.get(place, (None, None))[0] != known[place]]
         if new:
             walks = Walks.of([self._grades(*place[:2]) for place in new], _BOUNDS, longest)
-            for place, *own in zip(new, walks.made_WTK, walks.kept_WT, walks.all_WK, strict=True):
-                self._known[place] = known[place], own
-        made, kept, whole = zip(*(self._known[place][1] for place in places), strict=True)
-        return Walks(np.array(made), np.array(kept), np.array(whole))
+            for place, made_TK, kept_T in zip(new, walks.made_WTK, walks.kept_WT, strict=True):
+                self._known[place] = known[place], (made_TK, kept_T)
+        made, kept = zip(*(self._known[place][1] for place in places), strict=True)
+        return Walks(np.array(made), np.array(kept))
+
+    def _of_length(
+        self, exit_layers: Sequence[int], batch: Batch, lengths: Sequence[int], *, hopes: bool = False
+    ) -> list[Candidate]:
+        """For each exit layer the best of these lengths."""
+        firsts_L = self._record.firsts()[list(exit_layers)]
+        confidence, positions_K = self._record.confidence, np.arange(max(lengths))
+        is_made_CK = positions_K < np.array(lengths)[:, None]
+        kept_LK = np.zeros((len(exit_layers), len(positions_K)))
+        for is_sampled, num_rows in zip(_kinds(batch), _counts(batch), strict=True):
+            rates_L = confidence.rates(exit_layers, is_sampled=is_sampled, means_L=firsts_L)
+            if hopes:
+                rates_L = 1 - (1 - rates_L) * self._luck(exit_layers, firsts_L)
+            kept_LK += num_rows * rates_L[:, None] ** (1 + positions_K)
+        made_LCK = np.broadcast_to(is_made_CK * sum(_counts(batch)), (len(exit_layers), *is_made_CK.shape))
+        return self._best(exit_layers, batch, [0.0] * len(lengths), made_LCK, kept_LK @ is_made_CK.T)
+
+    def _with_bounds(
+        self, exit_layers: Sequence[int], batch: Batch, bounds: Sequence[float], walks: Walks
+    ) -> list[Candidate]:
+        """For each exit layer the best of these bounds. Walks are those of each kind of row, layer by layer."""
+        counts_S = np.array(_counts(batch), dtype=np.float64)
+        by_kind = (len(exit_layers), len(counts_S), len(bounds))
+        made_LTK = np.einsum("s,lstk->ltk", counts_S, walks.made_WTK.reshape(*by_kind, -1))
+        kept_LT = np.einsum("s,lst->lt", counts_S, walks.kept_WT.reshape(by_kind))
+        return self._best(exit_layers, batch, bounds, made_LTK, kept_LT)
 
     def _best(
         self,
         exit_layers: Sequence[int],
         batch: Batch,
-        bounds: Sequence[float],
-        lengths: Sequence[int],
-        walks: Walks,
+        least_C: Sequence[float],
+        made_LCK: Floats,
+        kept_LC: Floats,
     ) -> list[Candidate]:
-        """For each exit layer the best of these. Walks are those of each kind of row, layer by layer."""
-        counts_S = np.array([num for num in (batch.num_greedy, batch.num_sampled) if num], dtype=np.float64)
-        num_drafting = float(counts_S.sum())
-        by_kind = (len(exit_layers), len(counts_S))
-        num_positions = walks.made_WTK.shape[2]
-        made_LTK = np.einsum("s,lstk->ltk", counts_S, walks.made_WTK.reshape(*by_kind, len(bounds), num_positions))
-        kept_LT = np.einsum("s,lst->lt", counts_S, walks.kept_WT.reshape(*by_kind, len(bounds)))
-        all_LK = np.einsum("s,lsk->lk", counts_S, walks.all_WK.reshape(*by_kind, num_positions))
-        is_made_NK = np.arange(num_positions) < np.array(lengths, dtype=np.int64)[:, None]
-        fixed_LNK = np.broadcast_to(is_made_NK * num_drafting, (len(exit_layers), *is_made_NK.shape))
-        made_LCK = np.concatenate((made_LTK, fixed_LNK), axis=1)
-        kept_LC = np.concatenate((kept_LT, all_LK @ is_made_NK.T), axis=1)
         rates_LC = (batch.num_rows + kept_LC) / self._seconds(np.array(exit_layers), batch, made_LCK)
-        least_C = (*bounds, *[0.0] * len(lengths))
+        bests_L = rates_LC.argmax(axis=1)
+        layers_L = np.arange(len(exit_layers))
+        made_LK = made_LCK[layers_L, bests_L]
+        found = zip(
+            *(exit_layers, bests_L.tolist(), rates_LC[layers_L, bests_L].tolist()),
+            *((made_LK > 0).sum(axis=1).tolist(), (made_LK.sum(axis=1) / sum(_counts(batch))).tolist()),
+            strict=True,
+        )
         return [
-            Candidate(
-                layer,
-                (int((made_CK[best] > 0).sum()),) * len(batch.advantages),
-                float(rates_C[best]),
-                least_C[best],
-                float(made_CK[best].sum() / num_drafting),
-            )
-            for layer, made_CK, rates_C, best in zip(
-                exit_layers, made_LCK, rates_LC, rates_LC.argmax(axis=1).tolist(), strict=True
-            )
+            Candidate(layer, (longest,) * len(batch.advantages), rate, least_C[best], expected)
+            for layer, best, rate, longest, expected in found
         ]
 
     def _seconds(self, exit_layers_L: Counts, batch: Batch, made_LTK: Floats) -> Floats:
@@ -214,17 +227,25 @@ class StoppingWeigher(Weigher):
         verify_s_LT: Floats = (share_LTK * each_s_LTK).sum(axis=2)
         return verify_s_LT
 
-    def _grades(self, exit_layer: int, is_sampled: bool, *, hopes: bool = False) -> Grades:
-        """With `hopes` drafts are refused as much less often as they might be by what was seen of them."""
-        expected = float(self._record.curve(exit_layer)[0])
-        grades = self._record.confidence.grades(exit_layer, is_sampled=is_sampled, mean=expected)
-        if not hopes:
-            return grades
-        hoped = float(self._record.hopes([exit_layer])[0, 0])
-        return grades.with_refusals(min(1.0, (1 - hoped) / (1 - expected)))
+    def _grades(self, exit_layer: int, is_sampled: bool) -> Grades:
+        expected = float(self._record.firsts()[exit_layer])
+        return self._record.confidence.grades(exit_layer, is_sampled=is_sampled, mean=expected)
+
+    def _luck(self, exit_layers: Sequence[int], firsts_L: Floats) -> Floats:
+        """How much less often drafts might be refused, for all that was seen of them, [L]."""
+        luck_L: Floats = np.minimum((1 - self._record.hopes(exit_layers)[:, 0]) / (1 - firsts_L), 1.0)
+        return luck_L
 
 
 def _kinds(batch: Batch) -> list[bool]:
     """Whether rows are sampled, of each kind that there is."""
-    both = ((False, batch.num_greedy), (True, batch.num_sampled))
-    return [is_sampled for is_sampled, num_rows in both if num_rows]
+    return [is_sampled for is_sampled, num in ((False, batch.num_greedy), (True, batch.num_sampled)) if num]
+
+
+def _counts(batch: Batch) -> list[int]:
+    """Rows of each kind that there is."""
+    return [num for num in (batch.num_greedy, batch.num_sampled) if num]
+
+
+def _rate(candidate: Candidate) -> float:
+    return candidate.rate
