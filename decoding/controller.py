@@ -176,10 +176,14 @@ class Controller:
         self._saw(max(map(len, seen.values()), default=0), surveyed=True)
 
     def observes(self, exit_layer: int, *, drafts: bool) -> bool:
-        """Now and then, and at once where drafts leave elsewhere than in the last step that was learned from."""
+        """Now and then, and at once where drafts leave elsewhere than in the last step that was learned from, or
+        there are none among steps that draft: those are few, and all that is chosen is held against them.
+        """
         self._num_outcomes += 1
-        is_elsewhere = drafts and (
+        is_elsewhere = (
             exit_layer != self._observed_layer or self._num_observed[exit_layer] < _OBSERVED_FIRST
+            if drafts
+            else not self._is_plain
         )
         is_due = self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0
         return is_elsewhere or is_due
