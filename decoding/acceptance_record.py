@@ -185,8 +185,8 @@ class AcceptanceRecord:
     def _guess(self) -> Floats:
         """First-draft acceptance of each exit layer, from the nearest other one that was tried, [L].
 
-        Towards the last layer refusals fade in proportion; towards the first, where a head sees least, acceptance
-        falls like the root of the depth.
+        Towards the last layer refusals fade like the root of what is left; towards the first, where a head sees
+        least, acceptance falls like the root of the depth.
         """
         layers_L = np.arange(self._num_layers)
         nearest_L, rates_L = (np.full(self._num_layers, each) for each in self._first)
@@ -200,6 +200,7 @@ class AcceptanceRecord:
             nearest_L = np.where(has_other_L, tried_N[places_L], nearest_L)
             rates_L = np.where(has_other_L, seen_N[places_L], rates_L)
         shallow_L = rates_L * np.sqrt(layers_L / nearest_L)
-        refused_L = (1 - rates_L) * (self._num_layers - layers_L) / (self._num_layers - nearest_L)
+        left_L = (self._num_layers - layers_L) / (self._num_layers - nearest_L)
+        refused_L = (1 - rates_L) * np.sqrt(left_L)
         guess_L: Floats = np.where(layers_L < nearest_L, shallow_L, np.minimum(1 - refused_L, SUREST))
         return guess_L

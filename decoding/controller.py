@@ -299,7 +299,7 @@ class Controller:
         if known.drafts and known.rate <= _WORTH_CHANGING * plain.rate:
             return found
         enough = _WORTH_MOVING if known.drafts and found.drafts else _WORTH_CHANGING
-        return found if found.rate > enough * known.rate else known
+        return found if self._worth(found) > enough * known.rate else known
 
     def _num_steps_of(self, settled: Standing | None, chosen: Candidate, batch: Batch) -> int:
         """How long it is used: longer each time that nothing else was found, but not past the next look."""
