@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
-from decoding.acceptance_record import AcceptanceRecord
+from decoding.acceptance_record import AcceptanceRecord, RowRecord
 from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, Seen, StepOutcome
-from decoding.exploration import Explorer
+from decoding.exploration import Explorer, Look
 from decoding.lookup_lengths import LookupLengths
 from decoding.messages import Drafter
 from decoding.reports import Beliefs
@@ -118,6 +118,8 @@ class Controller:
             standing = self._decide(rows, occasion, num_others)
             self._has_weighed = True
             keep(self._standing, occasion, standing)
+        elif standing.candidate.drafts and self._num_steps >= self._mode.explorer.next_look:
+            self._look_aside(standing, occasion)
         standing = standing.now()
         self._promised = standing.candidate.rate
         if not among:
@@ -241,22 +243,37 @@ class Controller:
         self._surprise, self._num_reached = 0.0, 0
         look = explorer.look(self._num_steps, chosen, best, batch, layers=occasion.among)
 
-        def standing(candidate: Candidate, span: Span) -> Standing:
-            stopping = weigher.stopping(candidate)
-            return Standing.of(
-                candidate, batch, advantages, step=self._num_steps, span=span, stopping=stopping
-            )
-
-        stands = standing(chosen, Span(self._num_steps_of(settled, chosen, batch)))
+        stands = self._standing_of(
+            chosen, batch, Span(self._num_steps_of(settled, chosen, batch)), advantages
+        )
         keep(self._settled, occasion, stands)
         if look is None:
             return stands
-        looking = standing(look.candidate, Span(look.num_steps, look.surveyed))
-        if not chosen.drafts:
-            # What is seen now decides whether anything is drafted.
-            return looking
-        stands.look = looking
-        return stands
+        stands.look = self._looking(look, batch)
+        # What is seen now decides whether anything is drafted.
+        return stands if chosen.drafts else stands.look
+
+    def _look_aside(self, standing: Standing, occasion: Occasion) -> None:
+        """Look, and go on with what stands: nothing is weighed for that."""
+        chosen, batch = standing.candidate, standing.batch
+        look = self._mode.explorer.look(self._num_steps, chosen, chosen, batch, layers=occasion.among)
+        standing.look = self._looking(look, batch) if look else None
+        self._has_weighed = True
+
+    def _looking(self, look: Look, batch: Batch) -> Standing:
+        return self._standing_of(look.candidate, batch, Span(look.num_steps, look.surveyed))
+
+    def _standing_of(
+        self,
+        candidate: Candidate,
+        batch: Batch,
+        span: Span,
+        advantages: Sequence[tuple[RowRecord, float]] = (),
+    ) -> Standing:
+        stopping = self._mode.weigher.stopping(candidate)
+        return Standing.of(
+            candidate, batch, advantages, step=self._num_steps, span=span, stopping=stopping
+        )
 
     def _hurry_if_surprised(self, exit_layer: int, fates: Sequence[tuple[int, int]]) -> None:
         """Look soon at drafts where none are made, if more were kept since the last look began than chance alone
@@ -302,7 +319,7 @@ class Controller:
         return found if self._worth(found) > enough * known.rate else known
 
     def _num_steps_of(self, settled: Standing | None, chosen: Candidate, batch: Batch) -> int:
-        """How long it is used: longer each time that nothing else was found, but not past the next look."""
+        """How long it is used: longer each time that nothing else was found."""
         is_confirmed = (
             settled is not None
             and settled.exit_layer == chosen.exit_layer
@@ -312,8 +329,10 @@ class Controller:
         if settled is None or not is_confirmed:
             has_moved = settled is not None and settled.candidate.drafts and chosen.drafts
             return _MOVED_STEPS if has_moved else _KEPT_STEPS
-        until_look = self._mode.explorer.next_look - self._num_steps
-        return max(_KEPT_STEPS, min(_LONGER * settled.num_steps, _CONFIRMED_STEPS, until_look))
+        longer = min(_LONGER * settled.num_steps, _CONFIRMED_STEPS)
+        # Where none drafts, looks decide.
+        until_look = longer if chosen.drafts else self._mode.explorer.next_look - self._num_steps
+        return max(_KEPT_STEPS, min(longer, until_look))
 
 
 def _unchosen(fate: Fate) -> tuple[int, int]:

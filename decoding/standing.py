@@ -63,6 +63,7 @@ class Standing:
     """
 
     candidate: Candidate
+    batch: Batch
     stopping: Stopping | None
     by_advantage: dict[float, int]
     by_row: dict[RowRecord, int]
@@ -116,7 +117,7 @@ class Standing:
         by_row = {record: by_advantage[advantage] for record, advantage in advantages}
         last_step = step + _LONGEST_KEPT_STEPS
         return cls(
-            *(chosen, stopping, by_advantage, by_row),
+            *(chosen, batch, stopping, by_advantage, by_row),
             *(span.num_steps, span.num_steps, last_step, span.surveyed),
         )
 

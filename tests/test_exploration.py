@@ -63,8 +63,8 @@ def test_a_better_exit_layer_that_nobody_tried_is_found() -> None:
     for best in (2, 3, 6):
         world = World(lambda layer, best=best: 0.95 if layer >= best else 0.1)
         lived = world.live(3000)
-        # One layer more costs less than changing is worth.
-        assert sum(best <= choice.exit_layer <= best + 1 for choice in lived[-1000:]) > 900
+        # Two layers more cost less than changing is worth.
+        assert sum(best <= choice.exit_layer <= best + 2 for choice in lived[-1000:]) > 900
         assert num_surveys(lived) > 0
 
 
