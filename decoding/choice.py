@@ -26,13 +26,29 @@ class DraftingRow(NamedTuple):
     is_sampled: bool = False
 
 
+@dataclass(slots=True)
+class Lease:
+    """How many more steps a choice holds for, if they are of the same rows; who takes one says so."""
+
+    num_steps: int
+    num_taken: int = 0
+
+    def take(self) -> bool:
+        """Whether this step is one of them."""
+        if self.num_taken >= self.num_steps:
+            return False
+        self.num_taken += 1
+        return True
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """One exit layer for all rows, and a draft length for each, 0 or more.
 
     Where nobody drafts, exit layers may be `surveyed`: a head for each tells whether its draft would have been
     kept. Where rows stop drafting by themselves, `stopping` says when, and they make `expected_length` drafts on
-    average.
+    average. With a `lease` nobody has to ask again in the next steps of these rows, nor tell what became of them
+    before.
     """
 
     exit_layer: int
@@ -40,6 +56,7 @@ class Choice:
     surveyed: ExitLayers = ()
     stopping: Stopping | None = None
     expected_length: float | None = None
+    lease: Lease | None = None
 
     @property
     def mean_draft_length(self) -> float:

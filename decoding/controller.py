@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from decoding.acceptance_record import AcceptanceRecord, RowRecord
-from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, Seen, StepOutcome
+from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, Lease, Seen, StepOutcome
 from decoding.exploration import Explorer, Look
 from decoding.lookup_lengths import LookupLengths
 from decoding.messages import Drafter
@@ -33,9 +33,10 @@ when it is confirmed: weighing takes time, and steps of one shape share their pr
 
 _FIRST_STEPS: Final = 64
 _OBSERVED_STEPS: Final = 17
-"""After the first steps, the times of one in so many are learned from: that takes time too. Not a multiple of
-`_KEPT_STEPS`, lest all that are learned from are steps in which something is weighed.
-"""
+"""After the first steps, the times of one in so many are learned from: that takes time too."""
+
+_LEASED_STEPS: Final = 7
+"""A choice is asked for in one of so many steps and one: what is done every step has its code in the near caches."""
 
 _OBSERVED_FIRST: Final = 16
 """Of an exit layer that is new, so many steps are all learned from."""
@@ -96,6 +97,8 @@ class Controller:
         self._num_outcomes = 0
         self._host_steps = 0
         self._has_weighed = False
+        self._leased: tuple[Lease, Standing] | None = None
+        self._observed_step = 0
         self._observed_layer = 0
         self._num_observed: Counter[int] = Counter()
         self._first_exit_layer = first_exit_layer
@@ -110,6 +113,7 @@ class Controller:
         can_stop: bool = False,
     ) -> Choice:
         """What promises most tokens a second; now and then something else, to learn whether it would."""
+        self._end_lease()
         self._num_steps += 1
         occasion = Occasion.of(among, rows, num_others=num_others, can_stop=can_stop and self._can_stop)
         self._mode = self._modes[occasion.can_stop]
@@ -130,6 +134,7 @@ class Controller:
             standing.surveyed,
             standing.stopping,
             standing.candidate.expected_length,
+            self._lease_of(standing),
         )
 
     @property
@@ -187,11 +192,12 @@ class Controller:
             if drafts
             else not self._is_plain
         )
-        is_due = self._num_outcomes <= _FIRST_STEPS or self._num_outcomes % _OBSERVED_STEPS == 0
+        is_due = self._num_outcomes <= _FIRST_STEPS or self._num_steps - self._observed_step >= _OBSERVED_STEPS
         return is_elsewhere or is_due
 
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
+        self._observed_step = self._num_steps
         if any(outcome.draft_lengths):
             self._observed_layer = outcome.exit_layer
             self._num_observed[outcome.exit_layer] += 1
@@ -253,6 +259,23 @@ class Controller:
         # What is seen now decides whether anything is drafted.
         return stands if chosen.drafts else stands.look
 
+    def _lease_of(self, standing: Standing) -> Lease | None:
+        """Not while much is to be learned, nor beyond the next look; a look has none."""
+        until_look = self._mode.explorer.next_look - self._num_steps - 1
+        num_steps = min(_LEASED_STEPS, standing.steps_left, until_look)
+        if num_steps <= 0 or self._num_outcomes <= _FIRST_STEPS or standing.is_look:
+            return None
+        self._leased = Lease(num_steps), standing
+        return self._leased[0]
+
+    def _end_lease(self) -> None:
+        """Count the steps that were taken on it."""
+        if self._leased is not None:
+            lease, standing = self._leased
+            self._num_steps += lease.num_taken
+            standing.steps_left -= lease.num_taken
+            self._leased = None
+
     def _look_aside(self, standing: Standing, occasion: Occasion) -> None:
         """Look, and go on with what stands: nothing is weighed for that."""
         chosen, batch = standing.candidate, standing.batch
@@ -261,7 +284,9 @@ class Controller:
         self._has_weighed = True
 
     def _looking(self, look: Look, batch: Batch) -> Standing:
-        return self._standing_of(look.candidate, batch, Span(look.num_steps, look.surveyed))
+        looking = self._standing_of(look.candidate, batch, Span(look.num_steps, look.surveyed))
+        looking.is_look = True
+        return looking
 
     def _standing_of(
         self,

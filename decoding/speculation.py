@@ -6,11 +6,20 @@ Knows who drafts how much; knows nothing of how drafts are made.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Final, NamedTuple
 
-from decoding.choice import Choice, DraftChooser, DraftingRow, ExitLayers, Fate, Seen, StepOutcome
+from decoding.choice import (
+    Choice,
+    DraftChooser,
+    DraftingRow,
+    ExitLayers,
+    Fate,
+    Lease,
+    Seen,
+    StepOutcome,
+)
 from decoding.confidence import Stopping
 from decoding.messages import Drafter
 from decoding.pacing import is_long_prompt
@@ -30,6 +39,15 @@ class _Wish(NamedTuple):
 
     exit_layer: int
     length: int
+
+
+class _Resting(NamedTuple):
+    """What these rows drafted in the last step, and may in the next ones without asking."""
+
+    rows: tuple[int, ...]
+    wishes: Mapping[int, _Wish]
+    stopping: Stopping | None
+    lease: Lease
 
 
 class Speculator:
@@ -57,6 +75,10 @@ class Speculator:
         self.latest = Choice(exit_layer=0, draft_lengths=())
         self.surveyed: ExitLayers = ()
         self.stopping: Stopping | None = None
+        self._fates: dict[tuple[int, Drafter], list[Fate]] = {}
+        self._lease: Lease | None = None
+        self._resting: _Resting | None = None
+        self._rests = False
 
     @property
     def pays(self) -> bool:
@@ -75,7 +97,7 @@ class Speculator:
         ]
         self.surveyed, self.stopping = (), None
         can_stop = all(share.sequence.wants_only_tokens for share in shares)
-        wishes = dict(self._wishes(drafting, can_stop=can_stop))
+        wishes = self._known_wishes(drafting, can_stop=can_stop)
         added, num_left = [], len(wishes)
         for share in shares:
             request = share.sequence.request
@@ -93,9 +115,23 @@ class Speculator:
             self.surveyed = ()
         return added
 
+    def _known_wishes(self, drafting: Sequence[Share], *, can_stop: bool) -> Mapping[int, _Wish]:
+        """What each row would draft by early exit: what it did in the last step, where that still holds."""
+        rows = (can_stop, *[share.sequence.place for share in drafting])
+        resting = self._resting
+        self._rests = resting is not None and resting.rows == rows and resting.lease.take()
+        if resting is not None and self._rests:
+            self.stopping = resting.stopping
+            return resting.wishes
+        self._tell()
+        self._lease = self._resting = None
+        wishes = dict(self._wishes(drafting, can_stop=can_stop))
+        if self._lease is not None:
+            self._resting = _Resting(rows, wishes, self.stopping, self._lease)
+        return wishes
+
     def learn(self, shares: Sequence[Share], result: Result) -> None:
         """Tell the chooser how the drafts of a step fared and what the step took."""
-        fates: dict[tuple[int, Drafter], list[Fate]] = {}
         for share, chosen in zip(shares, result.chosen, strict=True):
             if share.num_drafts and chosen:
                 fate = Fate(
@@ -108,9 +144,10 @@ class Speculator:
                     share.may_stop and bool(share.grades),
                     share.num_matched,
                 )
-                fates.setdefault((share.exit_layer, share.drafter), []).append(fate)
-        for (exit_layer, drafter), of_rows in fates.items():
-            self._chooser.drafted(exit_layer, drafter, of_rows)
+                self._fates.setdefault((share.exit_layer, share.drafter), []).append(fate)
+        if self._rests:
+            return
+        self._tell()
         if self.surveyed:
             self._chooser.surveyed(self._seen(shares, result))
             return
@@ -126,6 +163,12 @@ class Speculator:
                     verify_s=result.verify_s,
                 )
             )
+
+    def _tell(self) -> None:
+        """What became of drafts since the chooser was told last."""
+        for (exit_layer, drafter), of_rows in self._fates.items():
+            self._chooser.drafted(exit_layer, drafter, of_rows)
+        self._fates.clear()
 
     def _seen(self, shares: Sequence[Share], result: Result) -> dict[int, list[Seen]]:
         """What a survey found, of rows that might have drafted."""
@@ -159,6 +202,9 @@ class Speculator:
             self.stopping = choice.stopping
             for share, length in zip(together, choice.draft_lengths, strict=True):
                 yield share.sequence.request.sequence_id, _Wish(choice.exit_layer, length)
+        if len(groups) > 1:
+            # One lease would be taken for several choices.
+            self._lease = None
         for share in drafting:
             request = share.sequence.request
             if request.drafter not in _BY_EARLY_EXIT:
@@ -194,6 +240,7 @@ class Speculator:
                 choosing, among=among, num_others=num_rows - len(choosing), can_stop=can_stop
             )
             self.surveyed = chosen.surveyed or self.surveyed
+            self._lease = chosen.lease
         lengths = iter(chosen.draft_lengths if chosen else ())
         return Choice(
             exit_layer=chosen.exit_layer if chosen else among[0] if among else self._chooser.exit_layer,
@@ -218,7 +265,7 @@ class Speculator:
             sequence,
             share.num_fed,
             wish.exit_layer,
-            draft_length=min(wish.length, budget) if exits_early else 0,
+            draft_length=min(wish.length, budget, sequence.num_remaining - 1) if exits_early else 0,
             model_length=min(by_model, budget),
             looked_up=looked_up,
             num_matched=num_matched,

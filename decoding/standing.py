@@ -72,6 +72,7 @@ class Standing:
     last_step: int
     surveyed: ExitLayers
     look: Standing | None = None
+    is_look: bool = False
 
     def now(self) -> Standing:
         """What this step does: this, or the look that comes first; a step less is left of it."""

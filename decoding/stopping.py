@@ -34,6 +34,9 @@ _LEVELS: Final = _RATIO ** np.arange(_NUM_LEVELS)
 _DISTANCES_JJ: Final = (np.arange(_NUM_LEVELS) - np.arange(_NUM_LEVELS)[:, None]) % (2 * _NUM_LEVELS)
 """How many levels lie between two, modulo twice as many as there are."""
 
+_ALIKE: Final = 0.96
+"""What bounds promise is worth so much: a row's drafts are sure or unsure together, more than walks know."""
+
 _PLAYED: Final = 3
 """Bounds are tried at so many exit layers, those that promise most with a length."""
 
@@ -175,7 +178,8 @@ class StoppingWeigher(Weigher):
         by_kind = (len(exit_layers), len(counts_S), len(bounds))
         made_LTK = np.einsum("s,lstk->ltk", counts_S, walks.made_WTK.reshape(*by_kind, -1))
         kept_LT = np.einsum("s,lst->lt", counts_S, walks.kept_WT.reshape(by_kind))
-        return self._best(exit_layers, batch, bounds, made_LTK, kept_LT)
+        found = self._best(exit_layers, batch, bounds, made_LTK, kept_LT)
+        return [replace(each, rate=_ALIKE * each.rate) for each in found]
 
     def _best(
         self,
