@@ -258,7 +258,7 @@ def make_compiled(
 
 
 def _stored_code(stored: torch.dtype, computed: torch.dtype, library: ctypes.CDLL) -> int:
-    """How products go. Where weights and activations are bfloat16, as such if the CPU can, as CUDA and torch do."""
+    """How products go: where weights and activations are bfloat16, as such if the CPU can."""
     if stored == computed == torch.bfloat16 and library.has_bfloat16_products():
         return len(_STORED)
     return _STORED.index(stored)

@@ -22,7 +22,15 @@ _SOURCES: Final = tuple(
     Path(__file__).with_name(f"compiled_{name}")
     for name in (
         *("layers.cpp", "choice.cpp", "drafts.cpp", "draft_head.cpp", "step.cpp"),
-        *("attention.h", "attention_pairs.h", "attention_parts.h", "model.h", "multiply.h", "step.h", "vectors.h"),
+        *(
+            "attention.h",
+            "attention_pairs.h",
+            "attention_parts.h",
+            "model.h",
+            "multiply.h",
+            "step.h",
+            "vectors.h",
+        ),
     )
 )
 _COMPILERS: Final = ("g++", "clang++", "c++")

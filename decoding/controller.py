@@ -5,8 +5,6 @@ Knows what is promised and when to look again; knows no tokens. No output depend
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
@@ -16,38 +14,17 @@ from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, Lease, Seen, 
 from decoding.exploration import Explorer, Look
 from decoding.lookup_lengths import LookupLengths
 from decoding.messages import Drafter
+from decoding.observing import Observer
 from decoding.reports import Beliefs
-from decoding.standing import Occasion, Span, Standing, keep
+from decoding.standing import Occasion, Span, Standing, keep, num_steps_of
 from decoding.step_costs import StepCosts
 from decoding.stopping import StoppingWeigher
+from decoding.surprise import Surprise
 from decoding.telling import beliefs_of
 from decoding.weighing import MARGIN, Batch, Candidate, Weigher, advantages_of
 
-_KEPT_STEPS: Final = 8
-_MOVED_STEPS: Final = 16
-_CONFIRMED_STEPS: Final = 128
-_LONGER: Final = 3
-"""A choice is used for so many steps, longer where only the way of drafting changed, and for several times as many
-when it is confirmed: weighing takes time, and steps of one shape share their preparation.
-"""
-
-_FIRST_STEPS: Final = 64
-_OBSERVED_STEPS: Final = 17
-"""After the first steps, the times of one in so many are learned from: that takes time too."""
-
-_LEASED_STEPS: Final = 7
-"""A choice is asked for in one of so many steps and one: what is done every step has its code in the near caches."""
-
-_OBSERVED_FIRST: Final = 16
-"""Of an exit layer that is new, so many steps are all learned from."""
-
-_NOT_THIS: Final = 2
-"""The host's time is learned in the step that follows."""
-
-_SURPRISING: Final = 1.0
-"""Where nothing is drafted, drafts are soon repeated if so many more were kept than expected, in units of the
-square root of their number: what chance alone seldom gives.
-"""
+_LEASED_STEPS: Final = 15
+"""For so many more steps nobody asks again: what is done in every step has its code in near caches."""
 
 _GUESSED: Final = 0.95
 """What an exit layer promises that was hardly tried is worth so much of what another does."""
@@ -93,14 +70,9 @@ class Controller:
         self._promised = 0.0
         self._num_steps = 0
         self._is_plain = False
-        self._surprise, self._num_reached = 0.0, 0
-        self._num_outcomes = 0
-        self._host_steps = 0
-        self._has_weighed = False
+        self._surprise = Surprise()
+        self._observer = Observer(costs)
         self._leased: tuple[Lease, Standing] | None = None
-        self._observed_step = 0
-        self._observed_layer = 0
-        self._num_observed: Counter[int] = Counter()
         self._first_exit_layer = first_exit_layer
         self.exit_layer = first_exit_layer
 
@@ -120,7 +92,7 @@ class Controller:
         standing = self._standing.get(occasion)
         if standing is None or not standing.serves(rows, self._num_steps):
             standing = self._decide(rows, occasion, num_others)
-            self._has_weighed = True
+            self._observer.has_weighed = True
             keep(self._standing, occasion, standing)
         elif standing.candidate.drafts and self._num_steps >= self._mode.explorer.next_look:
             self._look_aside(standing, occasion)
@@ -183,39 +155,18 @@ class Controller:
         self._saw(max(map(len, seen.values()), default=0), surveyed=True)
 
     def observes(self, exit_layer: int, *, drafts: bool) -> bool:
-        """Now and then, and at once where drafts leave elsewhere than in the last step that was learned from, or
-        there are none among steps that draft: those are few, and all that is chosen is held against them.
-        """
-        self._num_outcomes += 1
-        is_elsewhere = (
-            exit_layer != self._observed_layer or self._num_observed[exit_layer] < _OBSERVED_FIRST
-            if drafts
-            else not self._is_plain
+        """Now and then."""
+        return self._observer.wants(
+            exit_layer, self._num_steps, drafts=drafts, usually_drafts=not self._is_plain
         )
-        is_due = self._num_outcomes <= _FIRST_STEPS or self._num_steps - self._observed_step >= _OBSERVED_STEPS
-        return is_elsewhere or is_due
 
     def took(self, outcome: StepOutcome) -> None:
         """Keep the costs current."""
-        self._observed_step = self._num_steps
-        if any(outcome.draft_lengths):
-            self._observed_layer = outcome.exit_layer
-            self._num_observed[outcome.exit_layer] += 1
-        self._costs.observe(
-            outcome.exit_layer, outcome.draft_lengths, draft_s=outcome.draft_s, verify_s=outcome.verify_s
-        )
-        self._host_steps = _NOT_THIS
+        self._observer.took(outcome, self._num_steps)
 
     def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
-        """Keep the costs current, by a step behind one that was learned from: learning takes the host time, and so
-        does weighing.
-        """
-        if self._has_weighed:
-            self._has_weighed = False
-            return
-        self._host_steps -= 1
-        if self._host_steps == 0:
-            self._costs.observe_host(num_rows, host_s, drafts=drafts)
+        """Keep the costs current."""
+        self._observer.host_took(num_rows, host_s, drafts=drafts)
 
     def beliefs(self) -> Beliefs:
         """What it expects of the exit layers it has tried, and of the one it chose last."""
@@ -246,11 +197,14 @@ class Controller:
         settled = self._settled.get(occasion)
         chosen = self._unless_like(settled, found, plain, batch)
         self._is_plain = not chosen.drafts
-        self._surprise, self._num_reached = 0.0, 0
+        self._surprise = Surprise()
         look = explorer.look(self._num_steps, chosen, best, batch, layers=occasion.among)
 
         stands = self._standing_of(
-            chosen, batch, Span(self._num_steps_of(settled, chosen, batch)), advantages
+            chosen,
+            batch,
+            Span(num_steps_of(chosen, batch, settled, until_look=explorer.next_look - self._num_steps)),
+            advantages,
         )
         keep(self._settled, occasion, stands)
         if look is None:
@@ -263,7 +217,7 @@ class Controller:
         """Not while much is to be learned, nor beyond the next look; a look has none."""
         until_look = self._mode.explorer.next_look - self._num_steps - 1
         num_steps = min(_LEASED_STEPS, standing.steps_left, until_look)
-        if num_steps <= 0 or self._num_outcomes <= _FIRST_STEPS or standing.is_look:
+        if num_steps <= 0 or self._observer.knows_little or standing.is_look:
             return None
         self._leased = Lease(num_steps), standing
         return self._leased[0]
@@ -281,7 +235,7 @@ class Controller:
         chosen, batch = standing.candidate, standing.batch
         look = self._mode.explorer.look(self._num_steps, chosen, chosen, batch, layers=occasion.among)
         standing.look = self._looking(look, batch) if look else None
-        self._has_weighed = True
+        self._observer.has_weighed = True
 
     def _looking(self, look: Look, batch: Batch) -> Standing:
         looking = self._standing_of(look.candidate, batch, Span(look.num_steps, look.surveyed))
@@ -296,20 +250,14 @@ class Controller:
         advantages: Sequence[tuple[RowRecord, float]] = (),
     ) -> Standing:
         stopping = self._mode.weigher.stopping(candidate)
-        return Standing.of(
-            candidate, batch, advantages, step=self._num_steps, span=span, stopping=stopping
-        )
+        return Standing.of(candidate, batch, advantages, step=self._num_steps, span=span, stopping=stopping)
 
     def _hurry_if_surprised(self, exit_layer: int, fates: Sequence[tuple[int, int]]) -> None:
         """Look soon at drafts where none are made, if more were kept since the last look began than chance alone
         explains.
         """
-        expected = self._record.expected(exit_layer)
-        for drafted, kept in fates:
-            reached = min(kept + 1, drafted, len(expected) - 1)
-            self._surprise += kept - expected[reached]
-            self._num_reached += reached
-        if self._surprise > _SURPRISING * math.sqrt(self._num_reached):
+        self._surprise.add(self._record.expected(exit_layer), fates)
+        if self._surprise.is_large:
             self._mode.explorer.hurry(self._num_steps)
 
     def _saw(self, num_tokens: int, *, surveyed: bool = False) -> None:
@@ -342,22 +290,6 @@ class Controller:
             return found
         enough = _WORTH_MOVING if known.drafts and found.drafts else _WORTH_CHANGING
         return found if self._worth(found) > enough * known.rate else known
-
-    def _num_steps_of(self, settled: Standing | None, chosen: Candidate, batch: Batch) -> int:
-        """How long it is used: longer each time that nothing else was found."""
-        is_confirmed = (
-            settled is not None
-            and settled.exit_layer == chosen.exit_layer
-            and settled.candidate.least == chosen.least
-            and settled.by_advantage == dict(zip(batch.advantages, chosen.lengths, strict=True))
-        )
-        if settled is None or not is_confirmed:
-            has_moved = settled is not None and settled.candidate.drafts and chosen.drafts
-            return _MOVED_STEPS if has_moved else _KEPT_STEPS
-        longer = min(_LONGER * settled.num_steps, _CONFIRMED_STEPS)
-        # Where none drafts, looks decide.
-        until_look = longer if chosen.drafts else self._mode.explorer.next_look - self._num_steps
-        return max(_KEPT_STEPS, min(longer, until_look))
 
 
 def _unchosen(fate: Fate) -> tuple[int, int]:

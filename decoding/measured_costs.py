@@ -147,7 +147,9 @@ def _layers(deep: Sequence[StepTime], start_s_R: Floats, step_s_R: Floats, exit_
         row = ROWS.index(step.num_rows)
         deep_s = (step.draft_s - start_s_R[row]) / step.draft_length
         layer_s = (deep_s - step_s_R[row]) / (step.exit_layer - exit_layer)
-        layer_s_R[row] = np.fmin(layer_s_R[row], np.clip(layer_s, LEAST_S, STEEPEST * step_s_R[row] / exit_layer))
+        layer_s_R[row] = np.fmin(
+            layer_s_R[row], np.clip(layer_s, LEAST_S, STEEPEST * step_s_R[row] / exit_layer)
+        )
     return _in_proportion(layer_s_R / step_s_R) * step_s_R
 
 

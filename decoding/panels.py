@@ -23,7 +23,7 @@ PANEL: Final = 4 * LANES
 class PanelLinear:
     """A matrix in panels of 64 outputs, input by input, in the shortest dtype that holds its values.
 
-    bfloat16 goes by pairs of inputs: those of an output lie side by side, the panel's 64 pairs one after the other.
+    bfloat16 goes by pairs of inputs: those of an output lie side by side, and so do the 64 pairs of a panel.
     """
 
     def __init__(self, weight_OI: Tensor) -> None:

@@ -19,6 +19,7 @@ from decoding.confidence import Stopping
 from decoding.edits import Edited, Editor
 from decoding.logits import Sampling
 from decoding.messages import Drafter, Generate
+from decoding.pacing import is_long_prompt
 from decoding.plan import Following, Plan, PromptScoring, Result, Stops, Wanted
 from decoding.ragged import LENGTH_CLASSES
 from decoding.sequence import Sequence
@@ -62,6 +63,28 @@ class Share:
         It is not fed the last draft that it makes, nor those that others make.
         """
         return self.num_fed + max(0, self.model_length - 1)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its tokens are drawn."""
+        return self.sequence.request.sampling.temperature > 0
+
+    @property
+    def is_of_long_prompt(self) -> bool:
+        """Whether most of a long prompt is still to come."""
+        sequence = self.sequence
+        return is_long_prompt(
+            self.num_fed,
+            num_pending=sequence.num_pending,
+            num_uncached=len(sequence.token_ids) - sequence.num_cached_tokens,
+        )
+
+    @property
+    def is_typical(self) -> bool:
+        """Whether it takes the time of a row that only decodes, with drafts by early exit or none."""
+        asks_for_more = self.sequence.editor is not None or self.sequence.request.logprobs is not None
+        drafts_otherwise = self.looked_up or self.model_length
+        return self.num_fed == 1 and not drafts_otherwise and not asks_for_more
 
     @property
     def drafter(self) -> Drafter:

@@ -22,7 +22,6 @@ from decoding.choice import (
 )
 from decoding.confidence import Stopping
 from decoding.messages import Drafter
-from decoding.pacing import is_long_prompt
 from decoding.plan import Result
 from decoding.planning import Share
 from decoding.sequence import Sequence as Stream
@@ -90,7 +89,7 @@ class Speculator:
 
         None are made while a long prompt comes in: it and the rows beside it wait less for each other.
         """
-        if any(map(_is_of_long_prompt, shares)):
+        if any(share.is_of_long_prompt for share in shares):
             budget = 0
         drafting = [
             share for share in shares if share.sequence.num_pending == 1 and share.sequence.num_remaining > 1
@@ -139,7 +138,7 @@ class Speculator:
                     share.num_drafts,
                     len(chosen) - 1,
                     share.grades,
-                    _is_sampled(share),
+                    share.is_sampled,
                     # Without grades it made all that were planned.
                     share.may_stop and bool(share.grades),
                     share.num_matched,
@@ -154,7 +153,7 @@ class Speculator:
         exit_layers = {share.exit_layer for share in shares if share.draft_length}
         exit_layer = max(exit_layers, default=1)
         is_observed = self._chooser.observes(exit_layer, drafts=bool(exit_layers))
-        if is_observed and len(exit_layers) <= 1 and all(map(_is_typical, shares)):
+        if is_observed and len(exit_layers) <= 1 and all(share.is_typical for share in shares):
             self._chooser.took(
                 StepOutcome(
                     exit_layer=exit_layer,
@@ -176,7 +175,7 @@ class Speculator:
             share.num_fed == 1 and bool(chosen) and share.sequence.request.drafter in _BY_EARLY_EXIT
             for share, chosen in zip(shares, result.chosen, strict=True)
         ]
-        is_sampled = [_is_sampled(share) for share in shares]
+        is_sampled = [share.is_sampled for share in shares]
         unknown: list[list[int | None]] = [[None] * len(shares)] * len(self.surveyed)
         graded = zip(self.surveyed, result.agreed, result.surveyed_grades or unknown, strict=True)
         return {
@@ -231,7 +230,7 @@ class Speculator:
         chosen: Choice | None = None
         if any(is_open) or (len(among) != 1 and any(fixed)):
             rows = [
-                DraftingRow(limit, share.sequence.drafts, _is_sampled(share))
+                DraftingRow(limit, share.sequence.drafts, share.is_sampled)
                 for limit, share in zip(limits, together, strict=True)
             ]
             candidates = [row for row, left_open in zip(rows, is_open, strict=True) if left_open]
@@ -290,23 +289,3 @@ class Speculator:
             return min(fixed, limit)
         may_exit = sequence.request.drafter in _BY_EARLY_EXIT
         return self._chooser.lookup_length(num_rows, limit, num_matched=num_matched, may_exit=may_exit)
-
-
-def _is_of_long_prompt(share: Share) -> bool:
-    sequence = share.sequence
-    return is_long_prompt(
-        share.num_fed,
-        num_pending=sequence.num_pending,
-        num_uncached=len(sequence.token_ids) - sequence.num_cached_tokens,
-    )
-
-
-def _is_sampled(share: Share) -> bool:
-    return share.sequence.request.sampling.temperature > 0
-
-
-def _is_typical(share: Share) -> bool:
-    """Whether a row took the time of a row that only decodes, with drafts by early exit or none."""
-    asks_for_more = share.sequence.editor is not None or share.sequence.request.logprobs is not None
-    drafts_otherwise = share.looked_up or share.model_length
-    return share.num_fed == 1 and not drafts_otherwise and not asks_for_more

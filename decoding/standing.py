@@ -15,6 +15,14 @@ from decoding.choice import DraftingRow, ExitLayers
 from decoding.confidence import Stopping
 from decoding.weighing import Batch, Candidate
 
+_KEPT_STEPS: Final = 8
+_MOVED_STEPS: Final = 16
+_CONFIRMED_STEPS: Final = 128
+_LONGER: Final = 3
+"""A choice is used for so many steps, longer where only the way of drafting changed, and for several times as many
+when it is confirmed: weighing takes time, and steps of one shape share their preparation.
+"""
+
 _LONGEST_KEPT_STEPS: Final = 256
 """Where other choices are used in between, it is forgotten after so many steps in all."""
 
@@ -129,3 +137,19 @@ def keep(kept: dict[Occasion, Standing], occasion: Occasion, standing: Standing)
     kept[occasion] = standing
     if len(kept) > _KEPT_CHOICES:
         del kept[next(iter(kept))]
+
+
+def num_steps_of(chosen: Candidate, batch: Batch, settled: Standing | None, *, until_look: int) -> int:
+    """How long it is used: longer each time that nothing else was found."""
+    is_confirmed = (
+        settled is not None
+        and settled.exit_layer == chosen.exit_layer
+        and settled.candidate.least == chosen.least
+        and settled.by_advantage == dict(zip(batch.advantages, chosen.lengths, strict=True))
+    )
+    if settled is None or not is_confirmed:
+        has_moved = settled is not None and settled.candidate.drafts and chosen.drafts
+        return _MOVED_STEPS if has_moved else _KEPT_STEPS
+    longer = min(_LONGER * settled.num_steps, _CONFIRMED_STEPS)
+    # Where none drafts, looks decide.
+    return max(_KEPT_STEPS, longer if chosen.drafts else min(longer, until_look))

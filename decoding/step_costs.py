@@ -26,8 +26,8 @@ PLACES: Final = np.arange(len(ROWS))
 
 STEEPEST: Final = 2.0
 _LEAST_SHARE: Final = 0.6
-"""A layer may cost so many times what each of the usual exit layer's does, since few layers stay in a near cache that
-more leave. The line is then below nothing at its start; but layers cost so much of their price at least.
+"""A layer may cost so many times what each of the usual exit layer's does, since few layers stay in a near cache
+that more leave. The line is then below nothing at its start; but layers cost so much of their price at least.
 """
 
 LEAST_S: Final = 1e-7
@@ -60,8 +60,8 @@ class StepCosts:
     """Expected seconds of draft steps, of verification passes and of the host beside them; `observe` and
     `observe_host` keep them true to what steps take.
 
-    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`, and the first one `start[r]` more. A head
-    below 0 says that layers cost more the more there are.
+    A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`, and the first one `start[r]` more. A
+    head below 0 says that layers cost more the more there are.
     Verifying w tokens of each costs `verify[r, w] − E · saved[r, w]`: in each layer before the exit the pass runs
     over the last draft alone instead of over all positions. The host takes `host[0, r]` in a step without drafts,
     `host[1, r]` in one with them.

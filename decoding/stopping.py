@@ -37,6 +37,9 @@ _DISTANCES_JJ: Final = (np.arange(_NUM_LEVELS) - np.arange(_NUM_LEVELS)[:, None]
 _ALIKE: Final = 0.96
 """What bounds promise is worth so much: a row's drafts are sure or unsure together, more than walks know."""
 
+_LONGEST_FIXED: Final = 6
+"""Rows that draft more stop where they are unsure: a small error in one's chance is a large one in all of them."""
+
 _PLAYED: Final = 3
 """Bounds are tried at so many exit layers, those that promise most with a length."""
 
@@ -103,10 +106,11 @@ class StoppingWeigher(Weigher):
         self._known: dict[tuple[int, bool, int], tuple[tuple[int, float], tuple[Floats, Floats]]] = {}
 
     def best_at(self, exit_layers: Sequence[int], batch: Batch, *, hopes: bool = False) -> list[Candidate]:
-        """For each exit layer the best length, or of those that do best by these also the best bound; if drafts are
-        kept as expected or, with `hopes`, might be.
+        """For each exit layer the best length, or the best bound where lengths promise most; if drafts are kept as
+        expected or, with `hopes`, might be.
         """
-        fixed = self._of_length(exit_layers, batch, range(1, batch.longest + 1), hopes=hopes)
+        lengths = range(1, min(batch.longest, _LONGEST_FIXED) + 1)
+        fixed = self._of_length(exit_layers, batch, lengths, hopes=hopes)
         if hopes:
             return fixed
         promising = sorted(fixed, key=lambda each: -each.rate)[:_PLAYED]
@@ -215,7 +219,7 @@ class StoppingWeigher(Weigher):
         return seconds_LT
 
     def _verify_s(self, exit_layers_L: Counts, batch: Batch, made_LTK: Floats) -> Floats:
-        """Of passes over as many drafts as steps happen to make: few and many cost more than a medium number always.
+        """Of passes over as many drafts as steps happen to make: few and many cost more than always as many.
 
         Of one row their number is as it comes; the more rows there are, the nearer it is to what is expected.
         """

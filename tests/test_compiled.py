@@ -85,8 +85,8 @@ def test_heads_that_share_keys_attend_as_each_alone(tmp_path: Path, heads: int, 
 @needs_compiler
 @pytest.mark.parametrize("head_width", [16, 32, 64, 80, 128])
 def test_layers_and_head_in_bfloat16_are_near_the_others(tmp_path: Path, head_width: int) -> None:
-    """Products of bfloat16 where the CPU has them; contexts of even and odd lengths. A number that stood in another
-    one's place would be off by as much as numbers are large.
+    """Products of bfloat16 where the CPU has them; contexts of even and odd lengths. A number in another one's
+    place would be off by as much as numbers are large.
     """
     folder = make_checkpoint(tmp_path, head_dim=head_width, hidden=64, mlp=96)
     _store_as(folder, torch.bfloat16)
