@@ -193,7 +193,8 @@ async def measure(url: str, bounds: Bounds, options: argparse.Namespace) -> list
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, and end with one line of JSON."""
     options = _parser().parse_args(arguments)
-    flags = ["--num-threads", str(options.threads), *(["--model", options.model] if options.model else [])]
+    flags = ["--num-threads", str(options.threads), "--dtype", options.dtype]
+    flags += ["--model", options.model] if options.model else []
     given = nullcontext(StartedServer(options.url, None)) if options.url else started_server(flags)
     started = time.perf_counter()
     with given as server:
@@ -211,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "hardware": machine(),
         "settings": {
             "model": info["model"],
+            "dtype": info.get("dtype", options.dtype),
             "prompt_tokens": bounds.prompt_tokens,
             "streams": options.streams,
             "drafts": "plain" if options.plain else "auto",
@@ -239,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     add("url", nargs="?", help="a running server (default: one is started)")
     add("--model", help="checkpoint of the server that is started (default: the bundled one)")
     add("--threads", type=int, default=1, help="worker threads of the server that is started (default 1)")
+    add("--dtype", default="auto", help="number format of the server that is started (default auto)")
     add("--streams", type=int, default=4, help="running streams (default 4)")
     add("--prompt-tokens", type=int, default=1500, help="as far as the context allows (default 1500)")
     add("--rounds", type=int, default=7)

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from benchmarks.prompts import PROMPTS
 from benchmarks.report import hardware
 from config.setting_types import ExitPolicy
-from config.settings import BUNDLED_CHECKPOINT, EngineSettings
+from config.settings import BUNDLED_CHECKPOINT, Dtype, EngineSettings
 from decoding.engine import Engine
 from decoding.messages import Generate, SamplingParams, sequence_seed
 
@@ -84,7 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     engines = {
         policy: Engine.load(
-            EngineSettings(model=str(options.model), num_threads=options.threads, mixed_exit_layers=policy)
+            EngineSettings(
+                model=str(options.model),
+                dtype=Dtype(options.dtype),
+                num_threads=options.threads,
+                mixed_exit_layers=policy,
+            )
         )
         for policy in ExitPolicy
     }
@@ -160,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=[str(each) for each in Dtype], default="float32")
     return parser
 
 

@@ -20,7 +20,7 @@ from benchmarks.contenders import request_for, run_to_end
 from benchmarks.model_costs import ModelCosts, flops_per_token
 from benchmarks.timing import Contender, Job, Prompt, Record, Run, Sampled, race
 from benchmarks.variants_table import ALL_TASKS, Memory, Row
-from config.settings import EngineSettings
+from config.settings import Dtype, EngineSettings
 from decoding.checkpoint import open_checkpoint
 from decoding.engine import Engine
 from decoding.linear import HalfStoredLinear
@@ -45,6 +45,7 @@ class TableRequest:
     rounds: int
     threads: int | None
     device: str
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,7 @@ def _settings(request: TableRequest, draft_model: str | None = None) -> EngineSe
         model=request.model,
         draft_model=draft_model,
         device=request.device,
+        dtype=Dtype(request.dtype),
         num_threads=request.threads,
         max_num_seqs=1,
         # Longer than any prompt: no prefix is ever found again, and every run computes its whole prompt.

@@ -55,6 +55,9 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16.")
+    ] = "auto",
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also write the line of JSON there.", show_default=False),
@@ -76,7 +79,8 @@ def bench(
         layers = ["--exit-layers", *map(str, chosen_layers)]
         given = ["--draft-model", draft_model] if draft_model else []
         file = ["--json", str(out)] if out else []
-        main(["--model", chosen, "--threads", str(threads), *_SHORT, *layers, *given, *file])
+        number_format = [] if dtype == "auto" else ["--dtype", dtype]
+        main(["--model", chosen, "--threads", str(threads), *_SHORT, *layers, *given, *number_format, *file])
         return
 
     from benchmarks.variants import TableRequest
@@ -90,6 +94,7 @@ def bench(
         rounds=rounds,
         threads=threads,
         device=device,
+        dtype=dtype,
     )
     line = _print_table(request)
     if out is not None:
