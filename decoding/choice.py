@@ -6,7 +6,7 @@ Knows exit layers and draft lengths; knows no tokens. No output depends on what 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from decoding.acceptance_record import RowRecord
@@ -56,7 +56,7 @@ class Choice:
     surveyed: ExitLayers = ()
     stopping: Stopping | None = None
     expected_length: float | None = None
-    lease: Lease | None = None
+    lease: Lease | None = field(default=None, compare=False)
 
     @property
     def mean_draft_length(self) -> float:
