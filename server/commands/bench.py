@@ -55,9 +55,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which all take turns.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also write the line of JSON there.", show_default=False),
