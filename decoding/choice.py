@@ -128,7 +128,8 @@ class DraftChooser(Protocol):
         """Learn by exit layer whether a draft made there would have been kept, row by row."""
 
     def observes(self, exit_layer: int, *, drafts: bool) -> bool:
-        """Whether it should be told what this step took; asked once for every step."""
+        """Whether it should be told what a step took; asked once of every step that it chose for, and of the last
+        of those that went without asking."""
 
     def took(self, outcome: StepOutcome) -> None:
         """Learn what a step took."""

@@ -18,8 +18,8 @@ _OBSERVED_STEPS: Final = 17
 _OBSERVED_FIRST: Final = 16
 """Of an exit layer that is new, so many steps are all learned from."""
 
-_NOT_THIS: Final = 2
-"""The host's time is learned in the step that follows."""
+_NOT_THIS: Final = 8
+"""The host's time is learned so many steps later: learning, and choosing, leave the next ones slower."""
 
 
 class Observer:

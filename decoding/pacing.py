@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-_STRETCH: Final = 1.25
+_STRETCH: Final = 1.0
 """Prompts' part of a step may take so many times what the step takes without it, where no more rows wait for their
 first token than for their next."""
 

@@ -29,7 +29,6 @@ from decoding.sequence import Sequence as Stream
 Extend = Callable[[Stream, int], bool]
 """Gives a sequence blocks for so many more tokens, or none and False."""
 
-
 _BY_EARLY_EXIT: Final = (Drafter.EARLY_EXIT, Drafter.HYBRID)
 
 
@@ -77,6 +76,7 @@ class Speculator:
         self._fates: dict[tuple[int, Drafter], list[Fate]] = {}
         self._lease: Lease | None = None
         self._resting: _Resting | None = None
+        self._rested: tuple[Sequence[Share], Result] | None = None
         self._rests = False
 
     @property
@@ -123,7 +123,10 @@ class Speculator:
             self.stopping = resting.stopping
             return resting.wishes
         self._tell()
-        self._lease = self._resting = None
+        if self._rested is not None:
+            # Where nobody chose, steps take what they mostly do.
+            self._tell_times(*self._rested)
+        self._lease = self._resting = self._rested = None
         wishes = dict(self._wishes(drafting, can_stop=can_stop))
         if self._lease is not None:
             self._resting = _Resting(rows, wishes, self.stopping, self._lease)
@@ -144,12 +147,18 @@ class Speculator:
                     share.num_matched,
                 )
                 self._fates.setdefault((share.exit_layer, share.drafter), []).append(fate)
-        if self._rests:
+        if self._resting is not None:
+            if self._rests:
+                self._rested = shares, result
             return
         self._tell()
         if self.surveyed:
             self._chooser.surveyed(self._seen(shares, result))
-            return
+        else:
+            self._tell_times(shares, result)
+
+    def _tell_times(self, shares: Sequence[Share], result: Result) -> None:
+        """What a step took, if the chooser learns from it."""
         exit_layers = {share.exit_layer for share in shares if share.draft_length}
         exit_layer = max(exit_layers, default=1)
         is_observed = self._chooser.observes(exit_layer, drafts=bool(exit_layers))

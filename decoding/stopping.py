@@ -193,7 +193,8 @@ class StoppingWeigher(Weigher):
         made_LCK: Floats,
         kept_LC: Floats,
     ) -> list[Candidate]:
-        rates_LC = (batch.num_rows + kept_LC) / self._seconds(np.array(exit_layers), batch, made_LCK)
+        seconds_LC = self._seconds(np.array(exit_layers), batch, made_LCK)
+        rates_LC = self._rates(batch.num_rows + kept_LC, seconds_LC, batch)
         bests_L = rates_LC.argmax(axis=1)
         layers_L = np.arange(len(exit_layers))
         made_LK = made_LCK[layers_L, bests_L]

@@ -23,6 +23,12 @@ MARGIN: Final = 1.04
 """Drafting must promise so much more than plain decoding: the best of many guesses promises too much."""
 
 
+_LONGEST_STEP: Final = 4.0
+"""No step takes more than so many times what one without drafts does: streams would come in bursts, and newcomers
+wait.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Rows by how much likelier than others' their drafts are kept, C kinds, and the most drafts any may make: one
@@ -113,7 +119,7 @@ class Weigher:
         expected_LM = batch.num_rows + (rows_LM * in_order_LM).cumsum(axis=1)
         start_s = self._costs.start_s(batch.num_rows)
         other_s_LM = self._other_s(layers_L1, batch.num_rows, num_tokens_LM)
-        rates_LM = expected_LM / (start_s + draft_s_LM + other_s_LM)
+        rates_LM = self._rates(expected_LM, start_s + draft_s_LM + other_s_LM, batch)
         num_kinds = len(batch.advantages)
         return [
             Candidate(
@@ -128,8 +134,7 @@ class Weigher:
 
     def plain(self, exit_layer: int, batch: Batch) -> Candidate:
         """No drafts."""
-        seconds = self._costs.plain_s(batch.num_rows) + self._costs.host_s(batch.num_rows, drafts=False)
-        return Candidate(exit_layer, (0,) * len(batch.advantages), batch.num_rows / seconds)
+        return Candidate(exit_layer, (0,) * len(batch.advantages), batch.num_rows / self._plain_s(batch))
 
     def rated(self, like: Candidate, batch: Batch) -> Candidate:
         """These draft lengths at this exit layer, and the rate they promise this batch by what is known now."""
@@ -145,11 +150,21 @@ class Weigher:
             + self._costs.draft_s(exit_layer, drafting_K).sum()
             + self._other_s(exit_layer, batch.num_rows, np.array(batch.num_rows + drafting_K.sum()))
         )
-        return Candidate(exit_layer, lengths, float((batch.num_rows + (made_CK * kept_CK).sum()) / seconds))
+        expected = batch.num_rows + (made_CK * kept_CK).sum()
+        return Candidate(exit_layer, lengths, float(self._rates(expected, seconds, batch)))
 
     def stopping(self, candidate: Candidate) -> Stopping | None:
         """When rows stop that draft so; None where they draft as far as they are told."""
         return None
+
+    def _rates(self, num_tokens: Floats, seconds: Floats, batch: Batch) -> Floats:
+        """Tokens a second; nothing where steps would take too long."""
+        most_s = _LONGEST_STEP * self._plain_s(batch)
+        rates: Floats = np.where(seconds <= most_s, num_tokens / seconds, 0.0)
+        return rates
+
+    def _plain_s(self, batch: Batch) -> float:
+        return self._costs.plain_s(batch.num_rows) + self._costs.host_s(batch.num_rows, drafts=False)
 
     def _other_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
         """Seconds of steps with drafts beside drafting, with so many tokens to verify."""

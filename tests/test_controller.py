@@ -89,6 +89,31 @@ def test_brute_force_finds_different_answers_to_these_tables() -> None:
     assert len(chosen) >= 3
 
 
+@pytest.mark.parametrize("can_stop", [False, True])
+def test_no_step_takes_much_longer_than_one_without_drafts(can_stop: bool) -> None:
+    """Though on this machine longer ones would give more tokens a second, streams would come in bursts."""
+    step_costs, known = costs(flat), record(lambda layer: 0.98)
+    under_test = Controller(
+        *(step_costs, known),
+        exit_layers=(8,),
+        first_exit_layer=8,
+        max_draft_length=LONGEST,
+        can_stop=can_stop,
+    )
+    chosen = under_test.choose(rows(2), can_stop=can_stop)
+    plain_s = step_costs.plain_s(2)
+
+    def step_s(length: int) -> float:
+        draft_s = length * float(step_costs.draft_s(8, np.array([2]))[0])
+        return draft_s + float(step_costs.verify_s(8, 2, np.array(2 * (1 + length))))
+
+    assert step_s(LONGEST) > 4.5 * plain_s
+    assert rate(step_costs, known, Choice(8, (LONGEST,) * 2)) > rate(step_costs, known, Choice(8, (4, 4)))
+    made = chosen.mean_draft_length
+    assert 3 <= made < LONGEST
+    assert step_s(int(made)) <= 4 * plain_s
+
+
 def test_a_row_whose_drafts_are_kept_drafts_more_than_one_whose_are_not() -> None:
     known = record(lambda layer: 0.8)
     lucky, unlucky = RowRecord(), RowRecord()

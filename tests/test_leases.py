@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from decoding.acceptance_record import AcceptanceRecord
-from decoding.choice import Choice, DraftingRow, ExitLayers, Fate
+from decoding.choice import Choice, DraftingRow, ExitLayers, Fate, StepOutcome
 from decoding.controller import Controller
 from decoding.messages import Drafter, Generate
 from tests.machines import costs, flat
@@ -21,6 +21,10 @@ class Witness(Controller):
 
     num_asked = 0
     num_told = 0
+
+    def took(self, outcome: StepOutcome) -> None:
+        self.outcomes = [*getattr(self, "outcomes", []), outcome]
+        super().took(outcome)
 
     def choose(
         self,
@@ -84,6 +88,22 @@ def test_rows_that_come_or_go_end_a_lease(lab: Lab) -> None:
     for _ in range(3):
         engine.step()
     assert chooser.num_asked > before
+
+
+def test_times_are_learned_from_steps_in_which_nobody_chose(lab: Lab) -> None:
+    """Choosing leaves the rest of its step slower than others are."""
+    chooser = witness()
+    engine = lab.fresh_engine(block_size=4, num_blocks=512, max_num_seqs=4, budget=64, chooser=chooser)
+    quiet: set[tuple[float, float]] = set()
+    for number in range(6):
+        engine.submit(open_request(number, 300))
+        while engine.has_work:
+            before = chooser.num_asked
+            times = engine.step().times
+            if times is not None and chooser.num_asked == before:
+                quiet.add((times.draft_s, times.verify_s))
+    learned = [(outcome.draft_s, outcome.verify_s) for outcome in chooser.outcomes[LEARNED_STEPS:]]
+    assert len(quiet.intersection(learned)) > len(learned) / 3 > 1
 
 
 def test_steps_taken_on_a_lease_count() -> None:
