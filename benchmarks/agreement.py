@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from benchmarks.contenders import Ours
+from benchmarks.contenders import Ours, OursAuto
 from benchmarks.timing import Contender, Job, Run
 
 
@@ -52,7 +52,7 @@ class Agreement:
     def witness(self, contender: Contender, job: Job, run: Run) -> None:
         """Compare each text of the run with its reference, over the run's length."""
         temperature = job.sampled.temperature
-        is_ours = isinstance(contender, Ours)
+        is_ours = isinstance(contender, Ours | OursAuto)
         if temperature and not is_ours:
             return
         label = f"{contender.name.partition(' ')[0]} {job.sampled.label}"

@@ -40,17 +40,39 @@ class Ours:
 
     def run(self, job: Job) -> Run:
         """Submit all prompts, then step until they have ended."""
-        requests = [
-            request_for(
-                prompt,
-                job,
-                next(self.sequence_ids),
-                exit_layer=self.exit_layer,
-                draft_length=self.draft_length,
-            )
-            for prompt in job.prompts
-        ]
-        return run_to_end(self.engine, requests)
+        return _run(self, job)
+
+
+@dataclass(frozen=True, slots=True)
+class OursAuto:
+    """This engine where its controller chooses for every step. The engine serves nobody else: what it has learned
+    it keeps from run to run, as a server does.
+    """
+
+    engine: Engine
+    sequence_ids: Iterator[int]
+    every: int = 1
+    name: str = "ours auto"
+    exit_layer: None = None
+    draft_length: None = None
+
+    def run(self, job: Job) -> Run:
+        """Submit all prompts, then step until they have ended."""
+        return _run(self, job)
+
+
+def _run(ours: Ours | OursAuto, job: Job) -> Run:
+    requests = [
+        request_for(
+            prompt,
+            job,
+            next(ours.sequence_ids),
+            exit_layer=ours.exit_layer,
+            draft_length=ours.draft_length,
+        )
+        for prompt in job.prompts
+    ]
+    return run_to_end(ours.engine, requests)
 
 
 def run_to_end(engine: Engine, requests: Sequence[Generate]) -> Run:

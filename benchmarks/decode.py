@@ -8,8 +8,9 @@ verify pass) is "predicted". A "meas/pred" well below 1 means that time goes whe
 "kept" is the acceptance rate, kept drafts over drafted ones; "host" the share of decoding time spent
 planning and committing; "prefill" the share of all time before the first tokens, which speculation cannot
 shorten and which pulls every ratio towards 1. The grid of exit layers and draft lengths is scanned once; the
-best of each kind then meet in the finals, and only the finals are to be quoted. Texts are compared
-throughout: greedy ones of all contenders, sampled ones of ours, must equal plain decoding of the prompt alone.
+best of each kind then meet in the finals, and only the finals are to be quoted. "auto", in an engine of its own,
+has learned from the scan by then. Texts are compared throughout: greedy ones of all contenders, sampled ones of
+ours, must equal plain decoding of the prompt alone.
 Other programs join the finals if they are asked for: a separate draft model and continuous batching in
 transformers, and llama.cpp on the same weights.
 """
@@ -32,7 +33,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from benchmarks.agreement import Agreement
-from benchmarks.contenders import Ours, TransformersAssisted, TransformersPlain, load_transformers
+from benchmarks.contenders import (
+    Ours,
+    OursAuto,
+    TransformersAssisted,
+    TransformersPlain,
+    load_transformers,
+)
 from benchmarks.peers import PeerRequest, Peers, TransformersDrafted, open_peers
 from benchmarks.prompts import PROMPTS
 from benchmarks.report import Findings, Line, as_text, hardware
@@ -43,6 +50,8 @@ from decoding.engine import Engine
 _NUM_RIVAL_SCAN_PROMPTS = 2
 _RIVAL_DRAFT_LENGTHS = (2, 4, 6, 8)
 _PEER_OPTIONS = ("model", "dtype", "threads", "draft_model", "continuous_batching", "llama_cpp")
+_MOST_CHOSEN = 16
+"""Drafts that the controller may choose."""
 _OUR_DEPTHS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
 _RIVAL_DEPTHS = (1 / 8, 1 / 4, 3 / 8)
 
@@ -57,10 +66,11 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Both engines, the prompts, and what was asked for."""
+    """All engines, the prompts, and what was asked for."""
 
     engine: Engine
     sequence_ids: Iterator[int]
+    auto: OursAuto
     model: LlamaForCausalLM
     peers: Peers
     prompts: tuple[Prompt, ...]
@@ -96,7 +106,7 @@ class Bench:
 
     def _scan(self, batch: int, sampled: Sampled) -> list[Line]:
         """The grid: ours on the work of the finals, the slow rival's on a little of it."""
-        ours = [self.plain, *(self._ours(*setting) for setting in self.grid.ours)]
+        ours: list[Contender] = [self.plain, self.auto, *(self._ours(*setting) for setting in self.grid.ours)]
         lines = self._race(ours, self._full_jobs(batch, sampled), 1)
         if batch == 1:
             rivals: list[Contender] = [TransformersAssisted(self.model, *each) for each in self.grid.rival]
@@ -117,7 +127,7 @@ class Bench:
         drafted = [c for c in ranked if isinstance(c, TransformersDrafted)]
         winner = found.best(1, Ours)
         chosen: list[Contender] = [TransformersPlain(self.model), *rivals[:1], *drafted[:1]]
-        chosen += [*self.peers.finalists(batch), self.plain, *ours[:2]]
+        chosen += [*self.peers.finalists(batch), self.plain, self.auto, *ours[:2]]
         chosen += [winner.contender] if winner else []
         return list({contender.name: contender for contender in chosen}.values())
 
@@ -195,12 +205,15 @@ def _prepared(options: argparse.Namespace) -> Iterator[Bench]:
     )
     _say("loading all engines")
     engine = Engine.load(settings)
+    chooses = {"exit_layer": None, "draft_length": None, "max_draft_length": _MOST_CHOSEN}
+    choosing = Engine.load(settings.model_copy(update=chooses))
     dtype = getattr(torch, options.dtype)
     model = load_transformers(str(options.model), revision=options.revision, dtype=dtype)
     with open_peers(asked, model) as peers:
         yield Bench(
             engine=engine,
             sequence_ids=count(),
+            auto=OursAuto(choosing, count()),
             model=model,
             peers=peers,
             prompts=prompts,

@@ -110,6 +110,9 @@ class Findings:
         checks = [*_ratio("ours γ=0 / transformers plain", plain, rival, 2.0)]
         checks += _ratio("ours best / transformers assisted best", ours, assisted, 3.0)
         checks += _ratio("ours best / ours γ=0", ours, plain, 1.3)
+        auto = self.named(1, "ours auto")
+        checks += _ratio("ours auto / ours γ=0", auto, plain, 1.5)
+        checks += _ratio("ours auto / ours best", auto, ours, 0.95)
         if ours and ours.predicted_speed_up:
             checks.append(
                 Check(
