@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from decoding.kernel_devices import takes_kernels
@@ -44,23 +45,26 @@ class Sampling:
     @classmethod
     def of(cls, params: list[SamplingParams], seeds: list[int], device: torch.device) -> Sampling:
         """Columns from one set of parameters and one seed for each row."""
-        # A loop over rows on the host: it runs when the batch's composition changes, not every step.
-        table = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params], dtype=np.float64)
-        temperatures, top_ks, top_ps, min_ps = (torch.from_numpy(c.copy()).to(device) for c in table.T)
-        sampled = table[:, 0] > 0
-        truncated = (table[:, 1] > 0) | (table[:, 2] < 1)
-        any_min_p = bool(((table[:, 3] > 0) & sampled).any())
+        # A loop over rows on the host: it runs when the composition of the batch changes, not every step. Where few
+        # rows come and go all the time every call of an operator shows.
+        table_N4 = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params], dtype=np.float64)
+        temperatures_N, top_ks_N, top_ps_N, min_ps_N = table_N4.T.copy()
+
+        def placed(column_N: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(column_N).to(device)
+
+        sampled = [p for p in params if p.temperature > 0]
         return cls(
-            temperatures_N=temperatures,
-            top_ks_N=top_ks.long(),
-            top_ps_N=top_ps,
-            min_ps_N=min_ps,
+            temperatures_N=placed(temperatures_N),
+            top_ks_N=placed(top_ks_N.astype(np.int64)),
+            top_ps_N=placed(top_ps_N),
+            min_ps_N=placed(min_ps_N),
             keys_2N=seed_keys(seeds).to(device),
-            any_sampled=bool(sampled.any()),
-            all_sampled=bool(sampled.all()),
-            any_truncated=bool((truncated & sampled).any()),
-            any_top_k=bool(((table[:, 1] > 0) & sampled).any()),
-            any_min_p=any_min_p,
+            any_sampled=bool(sampled),
+            all_sampled=len(sampled) == len(params),
+            any_truncated=any(p.top_k > 0 or p.top_p < 1 for p in sampled),
+            any_top_k=any(p.top_k > 0 for p in sampled),
+            any_min_p=any(p.min_p > 0 for p in sampled),
             on_host=device.type == "cpu",
         )
 

@@ -25,8 +25,14 @@ _OTHER_STREAM: Final = 0x1E3779B9
 
 def seed_keys(seeds: list[int]) -> Tensor:
     """What the noise needs of each 63-bit seed: int32 [2, N], on the CPU."""
-    keys = [(_seed_key(s & _WORD, s >> 32), _seed_key((s >> 32) ^ _OTHER_STREAM, s & _WORD)) for s in seeds]
-    return torch.tensor(keys, dtype=torch.int64).to(torch.int32).t().contiguous()
+    words_2N = np.array([_words(seed) for seed in seeds], dtype=np.uint32).T
+    return torch.from_numpy(np.ascontiguousarray(words_2N).view(np.int32))
+
+
+@lru_cache(maxsize=4096)
+def _words(seed: int) -> tuple[int, int]:
+    low, high = seed & _WORD, seed >> 32
+    return _seed_key(low, high), _seed_key(high ^ _OTHER_STREAM, low)
 
 
 def noise_bits(keys_2N: Tensor, positions_N: Tensor, vocab_size: int) -> Tensor:
