@@ -45,8 +45,8 @@ class Sampling:
     @classmethod
     def of(cls, params: list[SamplingParams], seeds: list[int], device: torch.device) -> Sampling:
         """Columns from one set of parameters and one seed for each row."""
-        # A loop over rows on the host: it runs when the composition of the batch changes, not every step. Where few
-        # rows come and go all the time every call of an operator shows.
+        # A loop over rows on the host: it runs when the batch's composition changes, not every step. Where few
+        # rows come and go that is often, and every call of an operator shows.
         table_N4 = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params], dtype=np.float64)
         temperatures_N, top_ks_N, top_ps_N, min_ps_N = table_N4.T.copy()
 
