@@ -134,8 +134,8 @@ class DraftChooser(Protocol):
     def took(self, outcome: StepOutcome) -> None:
         """Learn what a step took."""
 
-    def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
-        """Learn what a step of so many rows, with drafts or without, took beside drafting and verifying."""
+    def host_took(self, num_rows: int, host_s: float, *, num_drafts: int) -> None:
+        """Learn what a step of so many rows and drafts took beside drafting and verifying."""
 
     def beliefs(self) -> Beliefs | None:
         """What choices rest on now; None where nothing is chosen. Takes time of a step: not for every one."""
@@ -187,7 +187,7 @@ class FixedChoice:
     def took(self, outcome: StepOutcome) -> None:
         """Learn nothing."""
 
-    def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
+    def host_took(self, num_rows: int, host_s: float, *, num_drafts: int) -> None:
         """Learn nothing."""
 
     def beliefs(self) -> None:

@@ -164,9 +164,9 @@ class Controller:
         """Keep the costs current."""
         self._observer.took(outcome, self._num_steps)
 
-    def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
+    def host_took(self, num_rows: int, host_s: float, *, num_drafts: int) -> None:
         """Keep the costs current."""
-        self._observer.host_took(num_rows, host_s, drafts=drafts)
+        self._observer.host_took(num_rows, host_s, num_drafts=num_drafts)
 
     def beliefs(self) -> Beliefs:
         """What it expects of the exit layers it has tried, and of the one it chose last."""

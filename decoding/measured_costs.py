@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from decoding.step_costs import (
     WIDTHS,
     DraftSeconds,
     Floats,
+    HostSeconds,
     StepCosts,
     place_of_each,
 )
@@ -64,12 +66,11 @@ def fitted_costs(measured: Sequence[StepTime], *, num_layers: int) -> StepCosts:
     saved_s_RW = _saved(table_RW, head_s_R, layer_s_R, exit_layer, num_layers)
     saved_s_RW *= _share_saved(deep, table_RW, saved_s_RW, exit_layer)[:, None]
     whole_s_RW = table_RW + exit_layer * saved_s_RW
-    host_s_2R = np.stack([_host_s(measured, drafts=drafts) for drafts in (False, True)])
     return StepCosts(
         DraftSeconds(start_s_R, head_s_R, layer_s_R),
         whole_s_RW,
         saved_s_RW,
-        host_s_2R,
+        _host(measured),
         exit_layer=float(exit_layer),
     )
 
@@ -84,13 +85,22 @@ def _verify_table(measured: Sequence[StepTime]) -> Floats:
 
 
 def _carried_on(table_RW: Floats) -> Floats:
-    """Fill gaps from what was measured with as many tokens in all; beyond the most, tokens cost in proportion."""
+    """Fill gaps between what was measured of as many rows, beyond that from what was measured with as many tokens
+    in all; beyond the most, tokens cost in proportion.
+    """
     tokens_RW = np.outer(ROWS, WIDTHS)
     is_known_RW = ~np.isnan(table_RW)
     order_M = np.argsort(tokens_RW[is_known_RW], kind="stable")
     tokens_M, seconds_M = tokens_RW[is_known_RW][order_M], _never_falling(table_RW[is_known_RW][order_M])
     filled_RW = np.interp(tokens_RW, tokens_M, seconds_M) * np.maximum(tokens_RW / tokens_M[-1], 1.0)
     whole_RW = np.where(is_known_RW, table_RW, filled_RW)
+    for whole_W, is_known_W in zip(whole_RW, is_known_RW, strict=True):
+        known = np.flatnonzero(is_known_W)
+        if len(known):
+            # More tokens of these rows take no less.
+            np.maximum(whole_W, whole_W[known[-1]], out=whole_W, where=np.arange(len(WIDTHS)) > known[-1])
+            inside = slice(known[-1])
+            whole_W[inside] = np.interp(np.array(WIDTHS)[inside], np.array(WIDTHS)[known], whole_W[known])
     return _never_falling(_never_falling(whole_RW).T).T
 
 
@@ -100,12 +110,33 @@ def _never_falling(seconds_N: Floats) -> Floats:
     return cleaned_N
 
 
-def _host_s(measured: Sequence[StepTime], *, drafts: bool) -> Floats:
-    """Host seconds by rows, whatever their drafts; between and beyond, as measured nearest."""
-    like = [step for step in measured if (step.draft_length > 0) == drafts]
+def _host(measured: Sequence[StepTime]) -> HostSeconds:
+    """What the host takes, and for each draft: what longer drafts of as many rows took more."""
+    plain = [step for step in measured if not step.draft_length]
+    drafting = [step for step in measured if step.draft_length]
+    more_s: list[float] = []
+    for num_rows in {step.num_rows for step in drafting}:
+        fastest: dict[int, float] = {}
+        for step in drafting:
+            if step.num_rows == num_rows:
+                fastest[step.draft_length] = min(step.host_s, fastest.get(step.draft_length, step.host_s))
+        shortest, longest = min(fastest), max(fastest)
+        if longest > shortest:
+            num_more = num_rows * (longest - shortest)
+            more_s.append((fastest[longest] - fastest[shortest]) / num_more)
+    draft_s = max(median(more_s), 0.0) if more_s else 0.0
+    return HostSeconds(np.stack([_host_s(plain, draft_s), _host_s(drafting, draft_s)]), draft_s)
+
+
+def _host_s(measured: Sequence[StepTime], draft_s: float) -> Floats:
+    """Host seconds by rows, without what drafts take; between and beyond, as measured nearest."""
     fastest = {
-        rows: min(step.host_s for step in like if step.num_rows == rows)
-        for rows in sorted({step.num_rows for step in like})
+        rows: min(
+            max(step.host_s - draft_s * rows * step.draft_length, 0.0)
+            for step in measured
+            if step.num_rows == rows
+        )
+        for rows in sorted({step.num_rows for step in measured})
     }
     known_s = np.interp(np.log2(ROWS), np.log2(list(fastest)), list(fastest.values()))
     return np.asarray(known_s, dtype=np.float64)

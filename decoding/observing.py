@@ -64,11 +64,11 @@ class Observer:
         )
         self._host_steps = _NOT_THIS
 
-    def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
+    def host_took(self, num_rows: int, host_s: float, *, num_drafts: int) -> None:
         """Learn from a step behind one that was learned from: learning takes the host time, as weighing does."""
         if self.has_weighed:
             self.has_weighed = False
             return
         self._host_steps -= 1
         if self._host_steps == 0:
-            self._costs.observe_host(num_rows, host_s, drafts=drafts)
+            self._costs.observe_host(num_rows, host_s, num_drafts=num_drafts)

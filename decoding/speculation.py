@@ -196,8 +196,8 @@ class Speculator:
         """Tell the chooser what a step took beside drafting and verifying."""
         # With part of a prompt it takes longer.
         if all(share.num_fed == 1 for share in shares):
-            drafts = any(share.num_drafts for share in shares)
-            self._chooser.host_took(len(shares), host_s, drafts=drafts)
+            num_drafts = sum(share.num_drafts for share in shares)
+            self._chooser.host_took(len(shares), host_s, num_drafts=num_drafts)
 
     def _wishes(self, drafting: Sequence[Share], *, can_stop: bool) -> Iterator[tuple[int, _Wish]]:
         """What each row would draft by early exit if there were no end of budget and blocks, by sequence id."""

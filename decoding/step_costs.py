@@ -18,7 +18,7 @@ Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Counts = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-WIDTHS: Final = (1, 2, 3, 5, 9, 17)
+WIDTHS: Final = (1, 2, 3, 4, 5, 7, 9, 12, 17)
 """Where times are kept; between them they are interpolated."""
 
 PLACES: Final = np.arange(len(ROWS))
@@ -40,6 +40,9 @@ _SHARED_PACE: Final = 0.05
 _NEAR: Final = 2.0
 """Exit layers so close to those mostly drafted at say how fast the machine is; others, what depth costs."""
 
+_FEW_DRAFTS: Final = 4
+"""Steps of fewer drafts say little of what one takes the host."""
+
 _FIRST_WEIGHT: Final = 4
 """What was measured or guessed at the start counts like so many steps seen."""
 
@@ -56,12 +59,20 @@ class DraftSeconds:
     layer_s_R: Floats
 
 
+@dataclass(frozen=True, slots=True)
+class HostSeconds:
+    """What the host takes beside: in a step without drafts and in one with them, and more for each draft."""
+
+    whole_s_2R: Floats
+    draft_s: float = 0.0
+
+
 class StepCosts:
     """Expected seconds of draft steps, of verification passes and of the host beside them; `observe` and
     `observe_host` keep them true to what steps take.
 
     A draft step of r rows at exit layer E costs `head[r] + E · layer[r]`, and the first one `start[r]` more. A
-    head below 0 says that layers cost more the more there are.
+    head below 0 says that layers cost more the more there are. Each draft takes the host some time, too.
     Verifying w tokens of each costs `verify[r, w] − E · saved[r, w]`: in each layer before the exit the pass runs
     over the last draft alone instead of over all positions. The host takes `host[0, r]` in a step without drafts,
     `host[1, r]` in one with them.
@@ -72,7 +83,7 @@ class StepCosts:
         drafting: DraftSeconds,
         verify_s_RW: Floats,
         saved_s_RW: Floats,
-        host_s_2R: Floats | None = None,
+        host: HostSeconds | None = None,
         *,
         exit_layer: float = 1.0,
     ) -> None:
@@ -81,14 +92,21 @@ class StepCosts:
         self._layer_s_R = drafting.layer_s_R
         self._verify_s_RW = verify_s_RW
         self._saved_s_RW = saved_s_RW
-        self._host_s_2R = np.zeros((2, len(ROWS))) if host_s_2R is None else host_s_2R
+        self._host_s_2R = np.zeros((2, len(ROWS))) if host is None else host.whole_s_2R
+        self._host_draft_s = 0.0 if host is None else host.draft_s
         self._centre_R = np.full(len(ROWS), float(exit_layer))
         self._num_drafted_R = np.zeros(len(ROWS), dtype=np.int64)
         self._num_tilted_R = np.zeros(len(ROWS), dtype=np.int64)
         self._num_verified_RW = np.zeros((len(ROWS), len(WIDTHS)), dtype=np.int64)
 
     def draft_s(self, exit_layers: Counts | int, num_rows: Counts) -> Floats:
-        """Seconds of one draft step of each of these numbers of rows at these exit layers; 0 for no rows."""
+        """Seconds of one draft step of each of these numbers of rows at these exit layers, and of the host for
+        its drafts; 0 for no rows.
+        """
+        step_s: Floats = self._computing_s(exit_layers, num_rows) + self._host_draft_s * num_rows
+        return step_s
+
+    def _computing_s(self, exit_layers: Counts | int, num_rows: Counts) -> Floats:
         places = place_of_each(num_rows)
         head_s, layer_s = (np.interp(places, PLACES, each_R) for each_R in (self._head_s_R, self._layer_s_R))
         layers_s = exit_layers * layer_s
@@ -115,14 +133,20 @@ class StepCosts:
         return float(self.verify_s(1, num_rows, np.array(num_rows)))
 
     def host_s(self, num_rows: int, *, drafts: bool) -> float:
-        """Seconds of a step beside drafting and verifying, with drafts or without."""
+        """Seconds of a step beside drafting and verifying, with drafts or without; what each draft takes the host
+        counts with drafting.
+        """
         return float(_between(self._host_s_2R[int(drafts)], num_rows))
 
-    def observe_host(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
+    def observe_host(self, num_rows: int, host_s: float, *, num_drafts: int) -> None:
         """Learn from any step; one that was held up counts little."""
-        place = int(drafts), round(_place_of(num_rows))
-        known_s = self._host_s_2R[place]
-        self._host_s_2R[place] += _PACE * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
+        place = int(num_drafts > 0), round(_place_of(num_rows))
+        known_s = self._host_s_2R[place] + num_drafts * self._host_draft_s
+        more_s = _PACE * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
+        self._host_s_2R[place] += more_s
+        # Steps of many drafts and of few tell together what one takes.
+        more_draft_s = more_s * num_drafts / (num_drafts**2 + _FEW_DRAFTS**2)
+        self._host_draft_s = max(self._host_draft_s + more_draft_s, 0.0)
 
     def observe(
         self, exit_layer: int, draft_lengths: Sequence[int], *, draft_s: float, verify_s: float
@@ -136,7 +160,7 @@ class StepCosts:
         row = round(_place_of(num_rows))
         centre = float(self._centre_R[row])
         if len(drafting):
-            expected_s = self.start_s(num_rows) + float(self.draft_s(exit_layer, drafting).sum())
+            expected_s = self.start_s(num_rows) + float(self._computing_s(exit_layer, drafting).sum())
             surprise = draft_s / expected_s
             nearest = round(float(place_of_each(drafting[:1])[0]))
             self._believe_start(surprise, len(drafting), row=row)

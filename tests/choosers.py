@@ -98,8 +98,8 @@ class RestlessController(Controller):
     def took(self, outcome: StepOutcome) -> None:
         super().took(replace(outcome, draft_s=self._seconds(), verify_s=self._seconds()))
 
-    def host_took(self, num_rows: int, host_s: float, *, drafts: bool) -> None:
-        super().host_took(num_rows, self._seconds(), drafts=drafts)
+    def host_took(self, num_rows: int, host_s: float, *, num_drafts: int) -> None:
+        super().host_took(num_rows, self._seconds(), num_drafts=num_drafts)
 
     def _measured(self, exit_layer: int) -> list[StepTime]:
         return [

@@ -152,7 +152,7 @@ def test_what_the_host_takes_makes_drafting_pay() -> None:
         for _ in range(1200):
             # A step that took much longer than expected is believed bit by bit.
             for drafting in (False, True):
-                step_costs.observe_host(1, host_s, drafts=drafting)
+                step_costs.observe_host(1, host_s, num_drafts=int(drafting))
         chosen = controller(step_costs, record(lambda layer: 0.7)).choose(rows(1))
         assert any(chosen.draft_lengths) is drafts
 
@@ -164,7 +164,8 @@ def test_drafts_that_pay_no_more_give_way_to_others_that_do_and_not_to_none() ->
     assert 1 <= before <= 2
     for _ in range(900):
         # Short drafts are not worth what the host takes for them, long ones are.
-        step_costs.observe_host(1, 30.0, drafts=True)
+        for num_drafts in (1, LONGEST):
+            step_costs.observe_host(1, 30.0, num_drafts=num_drafts)
     known.record(4, [(LONGEST, LONGEST)] * 2000)
     # As long as the first choice stands, and then the next.
     chosen = [under_test.choose(row, among=(4,)).draft_lengths for _ in range(30)]

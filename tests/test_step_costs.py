@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -132,10 +134,27 @@ def test_the_host_takes_longer_with_drafts() -> None:
     steps = [measured(rows, 4, length, host_s=host_s) for rows in (1, 4) for length in (0, 1, 4)]
     fitted = fitted_costs(steps, num_layers=NUM_LAYERS)
     assert [fitted.host_s(1, drafts=drafts) for drafts in (False, True)] == pytest.approx(host_s)
-    for _ in range(300):
-        fitted.observe_host(1, 1.2, drafts=True)
-    assert fitted.host_s(1, drafts=True) == pytest.approx(1.2, rel=0.01)
+    one = np.array([1])
+    before_s = float(fitted.draft_s(4, one)[0])
+    for _ in range(1000):
+        # Each draft takes it some time, too, which counts with drafting.
+        for num_drafts in (1, 9):
+            fitted.observe_host(1, 1.1 + 0.1 * num_drafts, num_drafts=num_drafts)
+    assert fitted.host_s(1, drafts=True) == pytest.approx(1.1, rel=0.02)
+    assert float(fitted.draft_s(4, one)[0]) - before_s == pytest.approx(0.1, rel=0.05)
     assert fitted.host_s(1, drafts=False) == 0.5
+
+
+def test_what_a_draft_takes_the_host_is_measured_at_the_start() -> None:
+    def step(num_rows: int, length: int) -> StepTime:
+        host_s = 0.5 + (length > 0) * 0.3 + 0.02 * num_rows * length
+        return replace(measured(num_rows, 4, length), host_s=host_s)
+
+    with_host = fitted_costs([step(n, k) for n in (1, 4) for k in (0, 1, 4)], num_layers=NUM_LAYERS)
+    without = fitted_costs([measured(n, 4, k) for n in (1, 4) for k in (0, 1, 4)], num_layers=NUM_LAYERS)
+    assert [with_host.host_s(4, drafts=drafts) for drafts in (False, True)] == pytest.approx([0.5, 0.8])
+    more_s = with_host.draft_s(4, np.array([4])) - without.draft_s(4, np.array([4]))
+    assert float(more_s[0]) == pytest.approx(4 * 0.02)
 
 
 def test_how_start_and_drafts_part_their_time_is_learned_from_short_drafts_and_long_ones() -> None:
