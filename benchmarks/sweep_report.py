@@ -90,7 +90,8 @@ def in_words(table: Table) -> str:
 
 
 def write_profile(name: str, table: Table, circumstances: Circumstances, folder: Path = PROFILES) -> Path:
-    """Write the overall best as the profile of the checkpoint `name`, with draft length 0 if plain is fastest.
+    """Write the overall best as the profile of the checkpoint `name`, with draft length 0 if plain is fastest, and
+    what choosing begins with: acceptance by exit layer, where single drafts were measured.
 
     Replaces that checkpoint's own file; raises SettingsError where a file of another name speaks for it.
     """
@@ -100,10 +101,14 @@ def write_profile(name: str, table: Table, circumstances: Circumstances, folder:
     assert best is not None
     path = folder / f"{name}.yaml"
     _refuse_second(name, path)
+    acceptances = {layer: round(rate, 3) for layer, rate in sorted(table.first_acceptances().items())}
+    known = {"acceptance": acceptances[best.exit_layer]} if best.exit_layer in acceptances else {}
     profile = Profile(
         checkpoints=(name,),
         exit_layer=best.exit_layer,
         draft_length=best.draft_length if best.speed_up >= 1 else 0,
+        acceptances=acceptances,
+        **known,
         source=_source(best, circumstances),
     )
     try:

@@ -94,6 +94,10 @@ class Table:
         """The fastest setting of a domain; None where nothing was measured."""
         return max(self.of(domain), key=lambda row: row.speed_up, default=None)
 
+    def first_acceptances(self) -> dict[int, float]:
+        """Kept over drafted by exit layer, where single drafts were measured."""
+        return {row.exit_layer: row.acceptance_rate for row in self.of(ALL_DOMAINS) if row.draft_length == 1}
+
     def curve(self, domain: str) -> tuple[Row, ...]:
         """The fastest draft length of every exit layer, by exit layer."""
         fastest: dict[int, Row] = {}

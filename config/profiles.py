@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import PurePath
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, Field
@@ -15,13 +16,15 @@ from pydantic import BaseModel, Field
 class Profile(BaseModel, frozen=True, extra="forbid"):
     """What is recommended for one checkpoint, and how that is known (`source`).
 
-    `acceptance` is the share of first drafts that is kept at `exit_layer`; choosing begins with it.
+    `acceptance` is the share of first drafts that is kept at `exit_layer`; choosing begins with it, or with
+    `acceptances`, the same by exit layer where several were measured.
     """
 
     checkpoints: tuple[str, ...] = Field(min_length=1)
     exit_layer: int = Field(ge=1)
     draft_length: int = Field(ge=0)
     acceptance: float = Field(default=0.7, ge=0, le=1)
+    acceptances: dict[int, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     source: str = Field(min_length=1)
 
 

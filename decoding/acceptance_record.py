@@ -7,14 +7,14 @@ Shapes: L exit layers, K draft positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from decoding.confidence import COUNTED_TOGETHER, LONG_AGO, ConfidenceRecord
-from decoding.step_costs import Floats
+from decoding.step_costs import Counts, Floats
 
 _FADING: Final = 0.995
 """What a count is worth after one more cycle of its kind: some two hundred cycles are remembered."""
@@ -32,6 +32,14 @@ _ADVANTAGES: Final = (0.6, 1.0, 1.15)
 _PRIOR: Final = 4.0
 _FIRST_PRIOR: Final = 8.0
 """What a guess counts against drafts that were seen; the first position should not be swayed by a few."""
+
+_MEASURED_PRIOR: Final = 64.0
+"""The same at the first position where acceptance was measured elsewhere, and most that differs is common to all
+exit layers: other texts, other temperatures.
+"""
+
+_PRIOR_REFUSALS: Final = 4.0
+"""So many refusals as expected are thought to have been seen before any was."""
 
 _HOPED: Final = 6.0
 """With hope, so many drafts more were made and kept at each position than were seen."""
@@ -74,15 +82,17 @@ class RowRecord:
 class AcceptanceRecord:
     """Per-position acceptance by exit layer.
 
-    What was never tried is guessed from the nearest layer that was, at the beginning from `first_acceptance` at
-    `first_exit_layer`. `confidence` says how sure drafts were, where choices tell.
+    `first` says at the beginning what share of first drafts is kept, by exit layer. One alone is a guess: what was
+    never tried is guessed from the nearest layer that was. Several were measured: others lie between them, and
+    drafts are refused everywhere so many times as often as where they were tried. `confidence` says how sure
+    drafts were, where choices tell.
     """
 
-    def __init__(
-        self, *, num_layers: int, max_draft_length: int, first_exit_layer: int, first_acceptance: float
-    ) -> None:
+    def __init__(self, *, num_layers: int, max_draft_length: int, first: Mapping[int, float]) -> None:
         self._num_layers = num_layers
-        self._first = first_exit_layer, first_acceptance
+        self._first_L = _between(first, num_layers)
+        self._is_measured = len(first) > 1
+        self._first_prior = _MEASURED_PRIOR if self._is_measured else _FIRST_PRIOR
         self._reached_LK = np.zeros((num_layers, max(1, max_draft_length)))
         self._kept_LK = np.zeros_like(self._reached_LK)
         self.confidence = ConfidenceRecord(num_layers)
@@ -137,6 +147,10 @@ class AcceptanceRecord:
         """Whether what is expected of an exit layer was seen rather than guessed."""
         return self.weight(exit_layer) > _TRIED
 
+    def is_known(self, exit_layer: int) -> bool:
+        """Whether what is expected of an exit layer was seen, or measured elsewhere."""
+        return self._is_measured or self.is_tried(exit_layer)
+
     def weight(self, exit_layer: int) -> float:
         """How many first drafts of this exit layer are remembered."""
         return float(self._reached_LK[exit_layer, 0])
@@ -153,7 +167,11 @@ class AcceptanceRecord:
 
     def hopes(self, exit_layers: Sequence[int]) -> Floats:
         """The curves as they might be where few drafts were seen, [L, K]; no layer's is above a deeper one's."""
-        might_LK = (self._kept_LK + _HOPED) / (self._reached_LK + _HOPED)
+        kept_LK, reached_LK = self._kept_LK + _HOPED, self._reached_LK + _HOPED
+        if self._is_measured:
+            kept_LK += self._first_prior * self._guess()[:, None]
+            reached_LK += self._first_prior
+        might_LK = kept_LK / reached_LK
         falling_LK: Floats = np.minimum.accumulate(might_LK[::-1], axis=0)[::-1]
         return falling_LK[list(exit_layers)]
 
@@ -167,7 +185,7 @@ class AcceptanceRecord:
         """Probability that a first draft is kept, of all exit layers, [L]."""
         if self._firsts_L is None:
             guess_L, reached_L = self._guess(), self._reached_LK[:, 0]
-            seen_L = (self._kept_LK[:, 0] + _FIRST_PRIOR * guess_L) / (reached_L + _FIRST_PRIOR)
+            seen_L = (self._kept_LK[:, 0] + self._first_prior * guess_L) / (reached_L + self._first_prior)
             self._firsts_L = np.minimum(seen_L, SUREST)
         return self._firsts_L
 
@@ -183,24 +201,43 @@ class AcceptanceRecord:
         return np.array(curve)
 
     def _guess(self) -> Floats:
-        """First-draft acceptance of each exit layer, from the nearest other one that was tried, [L].
-
-        Towards the last layer refusals fade like the root of what is left; towards the first, where a head sees
-        least, acceptance falls like the root of the depth.
-        """
+        """First-draft acceptance of each exit layer, from others, [L]."""
+        reached_L, kept_L = self._reached_LK[:, 0], self._kept_LK[:, 0]
+        if self._is_measured:
+            refused_L = 1 - self._first_L
+            expected = float(reached_L @ refused_L) + _PRIOR_REFUSALS
+            seen = float((reached_L - kept_L).sum()) + _PRIOR_REFUSALS
+            measured_L: Floats = np.clip(1 - refused_L * (seen / expected), 0.0, SUREST)
+            return measured_L
+        tried_N = np.flatnonzero(reached_L > _TRIED)
+        if not len(tried_N):
+            return self._first_L
         layers_L = np.arange(self._num_layers)
-        nearest_L, rates_L = (np.full(self._num_layers, each) for each in self._first)
-        tried_N = np.flatnonzero(self._reached_LK[:, 0] > _TRIED)
-        if len(tried_N):
-            distances_LN = np.abs(layers_L[:, None] - tried_N).astype(np.float64)
-            distances_LN[distances_LN == 0] = np.inf
-            places_L = distances_LN.argmin(axis=1)
-            has_other_L = np.isfinite(distances_LN.min(axis=1))
-            seen_N = self._kept_LK[tried_N, 0] / self._reached_LK[tried_N, 0]
-            nearest_L = np.where(has_other_L, tried_N[places_L], nearest_L)
-            rates_L = np.where(has_other_L, seen_N[places_L], rates_L)
-        shallow_L = rates_L * np.sqrt(layers_L / nearest_L)
-        left_L = (self._num_layers - layers_L) / (self._num_layers - nearest_L)
-        refused_L = (1 - rates_L) * np.sqrt(left_L)
-        guess_L: Floats = np.where(layers_L < nearest_L, shallow_L, np.minimum(1 - refused_L, SUREST))
+        distances_LN = np.abs(layers_L[:, None] - tried_N).astype(np.float64)
+        distances_LN[distances_LN == 0] = np.inf
+        nearest_L = tried_N[distances_LN.argmin(axis=1)]
+        like_nearest_L = _like(nearest_L, kept_L[nearest_L] / reached_L[nearest_L], self._num_layers)
+        guess_L: Floats = np.where(np.isfinite(distances_LN.min(axis=1)), like_nearest_L, self._first_L)
         return guess_L
+
+
+def _between(first: Mapping[int, float], num_layers: int) -> Floats:
+    """Acceptance at every exit layer: between the known ones, beyond them like the nearest, [L]."""
+    known, layers_L = sorted(first), np.arange(num_layers)
+    rates = [first[layer] for layer in known]
+    nearest_L = np.clip(layers_L, known[0], known[-1])
+    return _like(nearest_L, np.interp(nearest_L, known, rates), num_layers)
+
+
+def _like(nearest_L: Counts, rates_L: Floats, num_layers: int) -> Floats:
+    """Acceptance at every exit layer, as it is at another one, [L].
+
+    Towards the last layer refusals fade like the root of what is left; towards the first, where a head sees
+    least, acceptance falls like the root of the depth.
+    """
+    layers_L = np.arange(num_layers)
+    shallow_L = rates_L * np.sqrt(layers_L / nearest_L)
+    left_L = (num_layers - layers_L) / (num_layers - nearest_L)
+    refused_L = (1 - rates_L) * np.sqrt(left_L)
+    like_L: Floats = np.where(layers_L < nearest_L, shallow_L, np.minimum(1 - refused_L, SUREST))
+    return like_L

@@ -267,7 +267,7 @@ class Controller:
     def _worth(self, candidate: Candidate) -> float:
         """Promises that rest on guesses are worth less; no worth is lost where a choice must begin."""
         layer = candidate.exit_layer
-        is_known = layer == self._first_exit_layer or self._record.is_tried(layer)
+        is_known = layer == self._first_exit_layer or self._record.is_known(layer)
         return candidate.rate * (1.0 if is_known else _GUESSED)
 
     def _unless_like(

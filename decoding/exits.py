@@ -5,11 +5,12 @@ Knows settings, profiles and the number of layers; knows no weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from config.errors import SettingsError
-from config.profiles import find_profile
+from config.profiles import Profile, find_profile
 from config.settings import EngineSettings
 
 _SHARE_OF_LAYERS: Final = 4
@@ -26,7 +27,8 @@ _ACCEPTANCE: Final = 0.7
 class Speculation:
     """Allowed exit layers, sorted, and what requests that name none get: None where that is chosen step by step.
 
-    Choosing begins with the first exit layer and draft length, expecting that share of first drafts to be kept.
+    Choosing begins with the first exit layer and draft length, expecting those shares of first drafts to be kept
+    at the exit layers that they name, one at least.
     """
 
     allowed_exit_layers: tuple[int, ...]
@@ -34,7 +36,7 @@ class Speculation:
     draft_length: int | None
     first_exit_layer: int
     first_draft_length: int
-    first_acceptance: float
+    first_acceptances: Mapping[int, float]
 
 
 def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Speculation:
@@ -70,5 +72,10 @@ def resolve_speculation(settings: EngineSettings, *, num_layers: int) -> Specula
         draft_length=settings.draft_length,
         first_exit_layer=begin,
         first_draft_length=min(known_length, settings.max_draft_length),
-        first_acceptance=profile.acceptance if profile else _ACCEPTANCE,
+        first_acceptances=_first_acceptances(profile, begin, possible),
     )
+
+
+def _first_acceptances(profile: Profile | None, begin: int, possible: range) -> dict[int, float]:
+    measured = (profile.acceptances or {profile.exit_layer: profile.acceptance}) if profile else {}
+    return {layer: rate for layer, rate in measured.items() if layer in possible} or {begin: _ACCEPTANCE}

@@ -122,8 +122,7 @@ class Warmup:
             AcceptanceRecord(
                 num_layers=self.num_layers,
                 max_draft_length=longest,
-                first_exit_layer=chosen.first_exit_layer,
-                first_acceptance=chosen.first_acceptance,
+                first=chosen.first_acceptances,
             ),
             exit_layers=chosen.allowed_exit_layers if chosen.exit_layer is None else (chosen.exit_layer,),
             first_exit_layer=chosen.first_exit_layer,

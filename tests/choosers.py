@@ -70,8 +70,7 @@ class RestlessController(Controller):
         record = AcceptanceRecord(
             num_layers=NUM_LAYERS,
             max_draft_length=LONGEST,
-            first_exit_layer=first,
-            first_acceptance=float(self._rng.uniform(0.5, 0.95)),
+            first={first: float(self._rng.uniform(0.5, 0.95))},
         )
         super().__init__(
             fitted_costs(self._measured(first), num_layers=NUM_LAYERS),

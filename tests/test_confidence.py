@@ -121,9 +121,7 @@ def test_walks_of_several_kinds_and_bounds_are_those_of_each() -> None:
 
 def weigher(seconds: Seconds) -> StoppingWeigher:
     """Everything is known of all exit layers: the deeper, the surer."""
-    record = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    record = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     for layer in range(1, NUM_LAYERS):
         for drawn, kept in cycles(TRUE.with_refusals(3 / layer), 1500, seed=layer):
             record.confidence.record(layer, drawn, kept=kept, is_sampled=True)
@@ -217,9 +215,7 @@ def test_drafts_that_are_kept_alike_whatever_their_margins_are_seen_to_be(
 
 
 def test_what_is_learned_of_one_exit_layer_changes_what_others_promise() -> None:
-    record = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    record = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     under_test = StoppingWeigher(costs(linear_with_gain), record)
     batch = Batch.of([1.0], longest=LONGEST, num_others=0, num_sampled=1)
     before = rates(under_test.best_at((2, 3, 4, 6), batch))
@@ -236,9 +232,7 @@ def test_what_is_learned_of_one_exit_layer_changes_what_others_promise() -> None
 
 @pytest.mark.parametrize("first_grade", [0, 3])
 def test_drafts_that_never_pay_are_found_out_however_sure_they_are(first_grade: int) -> None:
-    record = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    record = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     under_test = Controller(
         costs(linear_with_gain),
         record,

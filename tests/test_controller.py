@@ -33,9 +33,7 @@ LAYERS = range(1, NUM_LAYERS)
 
 def record(rates: Callable[[int], float]) -> AcceptanceRecord:
     """A long memory of drafts that were kept at these rates, whatever their position."""
-    known = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    known = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     rng = np.random.default_rng(0)
     for layer in LAYERS:
         for _ in range(400):
@@ -176,9 +174,7 @@ def test_drafts_that_pay_no_more_give_way_to_others_that_do_and_not_to_none() ->
 
 def test_an_exit_layer_that_was_never_tried_must_promise_more() -> None:
     """Deep exits are guessed to be kept nearly always: a guess that is worth less than what was seen."""
-    known = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    known = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     for _ in range(100):
         known.record(4, [(LONGEST, 2)])
     chosen = controller(costs(linear), known).choose(rows(1))
@@ -205,9 +201,7 @@ def test_a_row_that_drafts_beside_many_others_counts_them() -> None:
 
 
 def test_acceptance_that_changes_changes_the_choice_and_back() -> None:
-    known = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    known = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     under_test = controller(costs(linear_with_gain), known)
     assert share_drafting(under_test, kept_rate=0.95, num_steps=2000) > 0.9
     assert share_drafting(under_test, kept_rate=0.02) < 0.1
@@ -253,9 +247,7 @@ def test_drafting_ends_before_it_is_slower_than_none() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 6])
 def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain(num_rows: int) -> None:
-    known = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    known = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     under_test = controller(costs(linear_with_gain), known)
     assert under_test.pays
     # A draft that is kept by chance is soon followed by others: not all of these steps are so unlucky.
@@ -264,9 +256,7 @@ def test_a_checkpoint_whose_drafts_never_pay_is_found_out_and_runs_plain(num_row
 
 
 def test_rows_of_which_no_draft_was_kept_where_none_was_expected_to_be_are_weighed_too() -> None:
-    known = AcceptanceRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    known = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     under_test, batch = controller(costs(linear), known), rows(2)
     under_test.drafted(4, Drafter.EARLY_EXIT, [Fate(RowRecord(), 2, 0)] * 300)
     under_test.choose(batch)

@@ -40,13 +40,22 @@ def test_a_known_checkpoint_gets_its_profile(profile) -> None:
         assert (
             speculation.first_exit_layer,
             speculation.first_draft_length,
-            speculation.first_acceptance,
+            speculation.first_acceptances[profile.exit_layer],
         ) == (
             profile.exit_layer,
             profile.draft_length,
-            profile.acceptance,
+            profile.acceptances.get(profile.exit_layer, profile.acceptance),
         )
         assert (speculation.exit_layer, speculation.draft_length) == (None, None)
+
+
+def test_only_exit_layers_that_the_checkpoint_has_are_known_beforehand() -> None:
+    profile = next(each for each in known_profiles() if each.acceptances)
+    model = profile.checkpoints[0]
+    assert dict(resolve(num_layers=99, model=model).first_acceptances) == profile.acceptances
+    few = resolve(num_layers=4, model=model).first_acceptances
+    assert dict(few) == {layer: profile.acceptances[layer] for layer in (1, 2, 3)}
+    assert list(resolve(num_layers=2, model="unheard-of").first_acceptances) == [1]
 
 
 def test_settings_win_over_a_profile() -> None:

@@ -24,9 +24,7 @@ class World:
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(2))
 
     def __post_init__(self) -> None:
-        known = AcceptanceRecord(
-            num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-        )
+        known = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
         self.under_test = controller(costs(linear_with_gain), known)
 
     def live(self, num_steps: int, *, num_rows: int = 1) -> list[Choice]:

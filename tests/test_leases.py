@@ -43,7 +43,7 @@ class Witness(Controller):
 
 
 def witness() -> Witness:
-    known = AcceptanceRecord(num_layers=5, max_draft_length=4, first_exit_layer=2, first_acceptance=0.7)
+    known = AcceptanceRecord(num_layers=5, max_draft_length=4, first={2: 0.7})
     return Witness(costs(flat), known, exit_layers=(1, 2), first_exit_layer=2, max_draft_length=4)
 
 

@@ -31,9 +31,7 @@ class CountedRecord(AcceptanceRecord):
 
 
 def test_choices_for_numbers_of_rows_that_come_again_are_not_made_again() -> None:
-    known = CountedRecord(
-        num_layers=NUM_LAYERS, max_draft_length=LONGEST, first_exit_layer=4, first_acceptance=0.7
-    )
+    known = CountedRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first={4: 0.7})
     under_test = controller(costs(linear_with_gain), known)
     chosen = {count: set() for count in (1, 2, 5)}
     for step in range(200):

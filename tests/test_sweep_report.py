@@ -125,6 +125,16 @@ def test_profile_of_a_checkpoint_that_drafts_too_slowly_switches_drafting_off(tm
     assert "Use draft length 0" in in_words(found)
 
 
+def test_profile_tells_acceptance_by_exit_layer_where_single_drafts_were_measured(tmp_path: Path):
+    rows = row(2, 1, 1.1), row(4, 1, 1.2), row(4, 3, 1.4), row(6, 3, 1.3)
+    rates = (0.61234, 0.8, 0.7, 0.75)
+    found = table(*(replace(each, acceptance_rate=rate) for each, rate in zip(rows, rates, strict=True)))
+    path = write_profile("known", found, FACTS, tmp_path)
+    profile = Profile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert profile.acceptances == {2: 0.612, 4: 0.8}
+    assert profile.acceptance == 0.8
+
+
 def test_profile_replaces_its_own_file_and_no_other(tmp_path: Path):
     found = table(row(2, 1, 1.1))
     write_profile("mine", found, FACTS, tmp_path)
