@@ -18,6 +18,10 @@ _SETTLED_STEPS: Final = 256
 _HOPELESS_STEPS: Final = 4096
 """The fewest and most steps between two looks, and between two where no draft ever paid."""
 
+_FAR_AHEAD: Final = 1.25
+_SPARED_LOOKS: Final = 3
+"""What promises so many times what none does is not held against that each time: so many looks are left out."""
+
 _LOOKED_STEPS: Final = 4
 _SURVEYED_STEPS: Final = 2
 """How long a look lasts, and a survey of one row: of more rows it is shorter, as many tokens say as much."""
@@ -61,6 +65,7 @@ class Explorer:
         self.next_look = _SOON_STEPS
         self._is_surveys_turn = False
         self._num_surveyed = 0
+        self._num_spared = 0
         self._num_tokens = 0
         self.pays = True
 
@@ -99,7 +104,9 @@ class Explorer:
         self.next_look = step + _SETTLED_STEPS
         # What was seen of others long ago says less of them now.
         self._record.fade(but=chosen.exit_layer)
-        return Look(plain, _LOOKED_STEPS)
+        is_far_ahead = chosen.rate > _FAR_AHEAD * plain.rate
+        self._num_spared = (self._num_spared + 1) % (1 + _SPARED_LOOKS) if is_far_ahead else 0
+        return None if self._num_spared else Look(plain, _LOOKED_STEPS)
 
     def _beside_none(
         self, step: int, plain: Candidate, best: Candidate, batch: Batch, layers: ExitLayers

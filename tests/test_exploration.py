@@ -72,6 +72,16 @@ def test_surveys_become_rare_once_much_is_known() -> None:
     assert num_surveys(first) > 1.5 * num_surveys(late)
 
 
+def test_what_is_far_ahead_of_none_is_held_against_none_more_seldom() -> None:
+    def num_plain(rate: float) -> int:
+        lived = World(lambda layer: rate).live(6000)[2000:]
+        assert sum(any(choice.draft_lengths) for choice in lived) > 3900
+        return sum(not any(choice.draft_lengths) and not choice.surveyed for choice in lived)
+
+    far, near = num_plain(0.9), num_plain(0.45)
+    assert 0 < 2 * far < near
+
+
 def test_a_survey_takes_in_a_few_exit_layers_in_order() -> None:
     lived = World(lambda layer: 0.95 - 0.1 * layer).live(2000, num_rows=3)
     taken_in = {choice.surveyed for choice in lived if choice.surveyed}
