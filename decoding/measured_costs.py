@@ -7,7 +7,7 @@ Shapes: R numbers of rows, W widths (tokens of a row that one pass verifies).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
@@ -55,11 +55,16 @@ def fitted_costs(measured: Sequence[StepTime], *, num_layers: int) -> StepCosts:
     """
     exit_layer = min(step.exit_layer for step in measured if step.draft_length)
     near = [step for step in measured if step.exit_layer == exit_layer or not step.draft_length]
-    deep = [step for step in measured if step.exit_layer > exit_layer and step.draft_length]
+    early = {(step.num_rows, step.draft_length): step for step in near if step.draft_length}
+    deep = [
+        step
+        for step in measured
+        if step.exit_layer > exit_layer and (step.num_rows, step.draft_length) in early
+    ]
     table_RW = _carried_on(_verify_table(near))
     start_s_R, step_s_R = _draft_steps(near, table_RW[:, 0])
     if deep:
-        layer_s_R = _layers(deep, start_s_R, step_s_R, exit_layer)
+        layer_s_R = _layers(deep, early, step_s_R)
     else:
         layer_s_R = _layers_of_plain(step_s_R, exit_layer, table_RW[:, 0], num_layers)
     head_s_R = step_s_R - exit_layer * layer_s_R
@@ -171,16 +176,15 @@ def _layers_of_plain(step_s_R: Floats, exit_layer: int, plain_s_R: Floats, num_l
     return np.maximum(layer_s_R, LEAST_S)
 
 
-def _layers(deep: Sequence[StepTime], start_s_R: Floats, step_s_R: Floats, exit_layer: int) -> Floats:
-    """Seconds of a layer of a draft step, from steps that left later; for other numbers of rows in proportion."""
+def _layers(deep: Sequence[StepTime], early: Mapping[tuple[int, int], StepTime], step_s_R: Floats) -> Floats:
+    """Seconds of a layer of a draft step, from the longest drafts that left later and the same ones that left
+    early: their starts are alike. For other numbers of rows in proportion.
+    """
     layer_s_R = np.full(len(ROWS), np.nan)
-    for step in deep:
-        row = ROWS.index(step.num_rows)
-        deep_s = (step.draft_s - start_s_R[row]) / step.draft_length
-        layer_s = (deep_s - step_s_R[row]) / (step.exit_layer - exit_layer)
-        layer_s_R[row] = np.fmin(
-            layer_s_R[row], np.clip(layer_s, LEAST_S, STEEPEST * step_s_R[row] / exit_layer)
-        )
+    for late in sorted(deep, key=lambda step: step.draft_length):
+        same, row = early[late.num_rows, late.draft_length], ROWS.index(late.num_rows)
+        layer_s = (late.draft_s - same.draft_s) / (late.draft_length * (late.exit_layer - same.exit_layer))
+        layer_s_R[row] = np.clip(layer_s, LEAST_S, STEEPEST * step_s_R[row] / same.exit_layer)
     return _in_proportion(layer_s_R / step_s_R) * step_s_R
 
 

@@ -129,6 +129,16 @@ def test_what_drafting_takes_at_the_start_and_what_depth_takes_is_told_apart() -
         assert float(fitted.verify_s(layer, rows, np.array(5 * rows))) == pytest.approx(expected, rel=0.03)
 
 
+def test_a_slow_first_draft_does_not_make_depth_look_cheap() -> None:
+    """As if another program had run just then: the start looks longer than it is."""
+    held_up = replace(measured(1, 4, 1), draft_s=1.4 * measured(1, 4, 1).draft_s)
+    others = [measured(1, layer, length) for layer, length in ((4, 0), (4, 4), (12, 1), (12, 4))]
+    fitted = fitted_costs([held_up, *others], num_layers=NUM_LAYERS)
+    near_s, deep_s = (float(fitted.draft_s(layer, np.array([1]))[0]) for layer in (4, 12))
+    assert fitted.start_s(1) > 1.5
+    assert deep_s - near_s == pytest.approx(0.1 * 8, rel=0.02)
+
+
 def test_the_host_takes_longer_with_drafts() -> None:
     host_s = (0.5, 0.8)
     steps = [measured(rows, 4, length, host_s=host_s) for rows in (1, 4) for length in (0, 1, 4)]
