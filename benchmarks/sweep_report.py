@@ -113,9 +113,8 @@ def write_profile(name: str, table: Table, circumstances: Circumstances, folder:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(
-            profile.model_dump(mode="json"), sort_keys=False, width=1000, allow_unicode=True
-        )
+        document = profile.model_dump(mode="json") | {"acceptances": acceptances}
+        text = yaml.safe_dump(document, sort_keys=False, width=1000, allow_unicode=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise SettingsError(
