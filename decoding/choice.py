@@ -128,8 +128,8 @@ class DraftChooser(Protocol):
         """Learn by exit layer whether a draft made there would have been kept, row by row."""
 
     def observes(self, exit_layer: int, *, drafts: bool) -> bool:
-        """Whether it should be told what a step took; asked once of every step that it chose for, and of the last
-        of those that went without asking."""
+        """Whether it should be told what a step took; asked once of every step that it chose for, or where others
+        went on without asking, of the last of those."""
 
     def took(self, outcome: StepOutcome) -> None:
         """Learn what a step took."""

@@ -253,9 +253,7 @@ class Controller:
         return Standing.of(candidate, batch, advantages, step=self._num_steps, span=span, stopping=stopping)
 
     def _hurry_if_surprised(self, exit_layer: int, fates: Sequence[tuple[int, int]]) -> None:
-        """Look soon at drafts where none are made, if more were kept since the last look began than chance alone
-        explains.
-        """
+        """Look soon at drafts where none are made, if more were kept since then than chance alone explains."""
         self._surprise.add(self._record.expected(exit_layer), fates)
         if self._surprise.is_large:
             self._mode.explorer.hurry(self._num_steps)

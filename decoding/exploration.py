@@ -104,7 +104,7 @@ class Explorer:
         self.next_look = step + _SETTLED_STEPS
         # What was seen of others long ago says less of them now.
         self._record.fade(but=chosen.exit_layer)
-        is_far_ahead = chosen.rate > _FAR_AHEAD * plain.rate
+        is_far_ahead = self._weigher.rated(chosen, batch).rate > _FAR_AHEAD * plain.rate
         self._num_spared = (self._num_spared + 1) % (1 + _SPARED_LOOKS) if is_far_ahead else 0
         return None if self._num_spared else Look(plain, _LOOKED_STEPS)
 

@@ -38,7 +38,8 @@ class LookupLengths:
         expected = np.cumsum(np.power(self.rate(num_matched), lengths))
         verify_s = self._costs.verify_s(1, num_rows, num_rows * (1 + lengths))
         plain_s, drafting_s = (self._costs.host_s(num_rows, drafts=drafts) for drafts in (False, True))
-        rates = num_rows * expected / (verify_s + np.where(lengths, drafting_s, plain_s))
+        host_s = np.where(lengths, drafting_s, plain_s) + self._costs.host_draft_s * num_rows * lengths
+        rates = num_rows * expected / (verify_s + host_s)
         best = int(rates.argmax())
         if rates[best] < instead_of:
             best = 0

@@ -148,8 +148,8 @@ class Speculator:
                 )
                 self._fates.setdefault((share.exit_layer, share.drafter), []).append(fate)
         if self._resting is not None:
-            if self._rests:
-                self._rested = shares, result
+            # Of these the last is told.
+            self._rested = shares, result
             return
         self._tell()
         if self.surveyed:

@@ -138,12 +138,17 @@ class StepCosts:
         """
         return float(_between(self._host_s_2R[int(drafts)], num_rows))
 
+    @property
+    def host_draft_s(self) -> float:
+        """Seconds that a draft takes the host, by whomever it was made."""
+        return self._host_draft_s
+
     def observe_host(self, num_rows: int, host_s: float, *, num_drafts: int) -> None:
         """Learn from any step; one that was held up counts little."""
         place = int(num_drafts > 0), round(_place_of(num_rows))
         known_s = self._host_s_2R[place] + num_drafts * self._host_draft_s
         more_s = _PACE * (min(host_s, _MOST_SURPRISING * known_s + LEAST_S) - known_s)
-        self._host_s_2R[place] += more_s
+        self._host_s_2R[place] = max(self._host_s_2R[place] + more_s, 0.0)
         # Steps of many drafts and of few tell together what one takes.
         more_draft_s = more_s * num_drafts / (num_drafts**2 + _FEW_DRAFTS**2)
         self._host_draft_s = max(self._host_draft_s + more_draft_s, 0.0)
@@ -195,13 +200,17 @@ class StepCosts:
         if abs(exit_layer - centre) <= _NEAR:
             _believe(surprise, (self._head_s_R, self._layer_s_R), row, self._num_drafted_R)
             return
-        there_s = self._head_s_R[row] + exit_layer * self._layer_s_R[row]
+        there_s = self._believed_s(row, exit_layer)
         there_s *= _bounded(surprise) ** max(_PACE, 1 / (1 + self._num_tilted_R[row]))
-        at_centre_s = self._head_s_R[row] + centre * self._layer_s_R[row]
+        at_centre_s = self._believed_s(row, centre)
         tilted_s = (there_s - at_centre_s) / (exit_layer - centre)
         self._layer_s_R[row] = min(max(tilted_s, LEAST_S), STEEPEST * at_centre_s / centre)
         self._head_s_R[row] = at_centre_s - centre * self._layer_s_R[row]
         self._num_tilted_R[row] += 1
+
+    def _believed_s(self, row: int, exit_layer: float) -> float:
+        layers_s = exit_layer * float(self._layer_s_R[row])
+        return max(float(self._head_s_R[row]) + layers_s, _LEAST_SHARE * layers_s, LEAST_S)
 
 
 def _bounded(surprise: float) -> float:

@@ -22,10 +22,9 @@ from decoding.step_costs import Counts, Floats, StepCosts
 MARGIN: Final = 1.04
 """Drafting must promise so much more than plain decoding: the best of many guesses promises too much."""
 
-
 _LONGEST_STEP: Final = 4.0
-"""No step takes more than so many times what one without drafts does: streams would come in bursts, and newcomers
-wait.
+"""Nothing is promised by steps that take more than so many times what one without drafts does: streams would come
+in bursts, and newcomers wait.
 """
 
 

@@ -21,10 +21,15 @@ class Witness(Controller):
 
     num_asked = 0
     num_told = 0
+    num_timed = 0
 
     def took(self, outcome: StepOutcome) -> None:
         self.outcomes = [*getattr(self, "outcomes", []), outcome]
         super().took(outcome)
+
+    def observes(self, exit_layer: int, *, drafts: bool) -> bool:
+        self.num_timed += 1
+        return super().observes(exit_layer, drafts=drafts)
 
     def choose(
         self,
@@ -106,6 +111,21 @@ def test_times_are_learned_from_steps_in_which_nobody_chose(lab: Lab) -> None:
     later = chooser.outcomes[len(chooser.outcomes) // 2 :]
     learned = [(outcome.draft_s, outcome.verify_s) for outcome in later]
     assert len(quiet.intersection(learned)) > len(learned) / 3 > 1
+
+
+def test_where_rows_come_and_go_in_every_step_times_are_learned_from_those_that_chose(lab: Lab) -> None:
+    """Leases are given, and nobody rests on them."""
+    chooser = witness()
+    engine = lab.fresh_engine(block_size=4, num_blocks=512, max_num_seqs=8, budget=64, chooser=chooser)
+    for number in range(3):
+        engine.generate([open_request(number, 300)])
+    before = chooser.num_asked, chooser.num_timed
+    for number in range(3, 160):
+        engine.submit(open_request(number, 4))
+        engine.step()
+    asked, timed = chooser.num_asked - before[0], chooser.num_timed - before[1]
+    assert asked > 100
+    assert timed > 0.9 * asked
 
 
 def test_steps_taken_on_a_lease_count() -> None:
