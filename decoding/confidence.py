@@ -44,6 +44,9 @@ _PRIOR: Final = 6.0
 _RATE_PRIOR: Final = 16.0
 """The same of drafts of all grades together."""
 
+_PRIOR_REFUSALS: Final = 4.0
+"""So many refusals as foretold are thought to have been seen of each kind of row before any was."""
+
 _TRIED: Final = 64.0
 """Drafts after which an exit layer tells how margins of others are to be read."""
 
@@ -116,11 +119,25 @@ class ConfidenceRecord:
                 counts_2LG[place] += np.bincount(np.array(seen, dtype=np.int64), minlength=NUM_GRADES)
         self._pending.clear()
 
-    def rates(self, exit_layers: Sequence[int], *, is_sampled: bool, means_L: Floats) -> Floats:
-        """How likely drafts are kept there whatever their margins; where few were seen, as `means_L` says, [L]."""
-        layers = list(exit_layers)
-        reached_L = self._reached_2LG[int(is_sampled), layers].sum(axis=1)
-        kept_L = self._kept_2LG[int(is_sampled), layers].sum(axis=1)
+    def means(self, both_L: Floats, *, is_sampled: bool) -> Floats:
+        """How likely drafts of one kind of row are kept at each exit layer, where those of both kinds are with
+        these probabilities: refused everywhere so many times as often as where they were seen, [L].
+        """
+        reached_L, kept_L = (
+            each[int(is_sampled)].sum(axis=1) for each in (self._reached_2LG, self._kept_2LG)
+        )
+        refused, foretold = float((reached_L - kept_L).sum()), float(reached_L @ (1 - both_L))
+        factor = (refused + _PRIOR_REFUSALS) / (foretold + _PRIOR_REFUSALS)
+        means_L: Floats = np.clip(1 - (1 - both_L) * factor, 0.0, _SUREST)
+        return means_L
+
+    def rates(self, *, is_sampled: bool, means_L: Floats) -> Floats:
+        """How likely drafts are kept at each exit layer whatever their margins; where few were seen, as `means_L`
+        says, [L].
+        """
+        reached_L, kept_L = (
+            each[int(is_sampled)].sum(axis=1) for each in (self._reached_2LG, self._kept_2LG)
+        )
         rates_L: Floats = np.minimum((kept_L + _RATE_PRIOR * means_L) / (reached_L + _RATE_PRIOR), _SUREST)
         return rates_L
 

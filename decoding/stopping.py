@@ -146,7 +146,7 @@ class StoppingWeigher(Weigher):
         known = {
             (layer, is_sampled, longest): (
                 int(versions_2L[int(is_sampled), layer]),
-                round(float(self._record.firsts()[layer]), 2),
+                round(float(self._means(is_sampled)[layer]), 2),
             )
             for layer, is_sampled, _ in places
         }
@@ -167,7 +167,8 @@ class StoppingWeigher(Weigher):
         is_made_CK = positions_K < np.array(lengths)[:, None]
         kept_LK = np.zeros((len(exit_layers), len(positions_K)))
         for is_sampled, num_rows in zip(_kinds(batch), _counts(batch), strict=True):
-            rates_L = confidence.rates(exit_layers, is_sampled=is_sampled, means_L=firsts_L)
+            means_L = self._means(is_sampled)
+            rates_L = confidence.rates(is_sampled=is_sampled, means_L=means_L)[list(exit_layers)]
             if hopes:
                 rates_L = 1 - (1 - rates_L) * self._luck(exit_layers, firsts_L)
             kept_LK += num_rows * rates_L[:, None] ** (1 + positions_K)
@@ -237,8 +238,12 @@ class StoppingWeigher(Weigher):
         return verify_s_LT
 
     def _grades(self, exit_layer: int, is_sampled: bool) -> Grades:
-        expected = float(self._record.firsts()[exit_layer])
-        return self._record.confidence.grades(exit_layer, is_sampled=is_sampled, mean=expected)
+        mean = float(self._means(is_sampled)[exit_layer])
+        return self._record.confidence.grades(exit_layer, is_sampled=is_sampled, mean=mean)
+
+    def _means(self, is_sampled: bool) -> Floats:
+        """How likely drafts of such rows are kept at each exit layer, as far as others tell, [L]."""
+        return self._record.confidence.means(self._record.firsts(), is_sampled=is_sampled)
 
     def _luck(self, exit_layers: Sequence[int], firsts_L: Floats) -> Floats:
         """How much less often drafts might be refused, for all that was seen of them, [L]."""

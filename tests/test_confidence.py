@@ -257,3 +257,21 @@ def test_drafts_that_never_pay_are_found_out_however_sure_they_are(first_grade: 
         drafting.append(length > 0)
     assert np.mean(drafting[-1000:]) < 0.05
     assert not under_test.pays
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.95])
+def test_what_sampled_rows_show_at_one_exit_layer_is_expected_of_them_at_all(rate: float) -> None:
+    """Greedy rows before them told otherwise."""
+    first = {2: 0.6, 4: 0.8, 8: 0.9, 12: 0.95}
+    record = AcceptanceRecord(num_layers=NUM_LAYERS, max_draft_length=LONGEST, first=first)
+    rng = np.random.default_rng(0)
+    for is_sampled, kept_rate in ((False, 0.8), (True, rate)):
+        for kept in rng.random(300) < kept_rate:
+            record.record(4, [(1, int(kept))])
+            record.confidence.record(4, (7,), kept=int(kept), is_sampled=is_sampled)
+    record.refresh()
+    means = record.confidence.means(record.firsts(), is_sampled=True)
+    assert means[4] == pytest.approx(rate, abs=0.05)
+    assert 1 - means[8] == pytest.approx((1 - means[4]) / 2, rel=0.15)
+    greedy = record.confidence.means(record.firsts(), is_sampled=False)
+    assert greedy[[4, 8]] == pytest.approx([0.8, 0.9], abs=0.1)
