@@ -76,7 +76,7 @@ class SlotAttention:
 
 
 class CompiledDecoder(LlamaDecoder):
-    """Runs layers first … last − 1 in one call, on one thread, in float32.
+    """Runs layers first … last − 1 in one call, on one thread; all sums are float32.
 
     A token's results do not depend on the tokens beside it.
     """

@@ -1,8 +1,8 @@
 // A stretch of decoder layers in one call, for few tokens on one core of a CPU.
 //
-// Knows matrices, slots and rotations; knows nothing of rows, drafts or requests. Everything is computed in float32,
-// whatever weights and cache are stored in. A token's results do not depend on which tokens are beside it: every sum
-// has one order.
+// Knows matrices, slots and rotations; knows nothing of rows, drafts or requests. Sums are float32, whatever weights
+// and cache are stored in; what is multiplied may be rounded to bfloat16 before. A token's results do not depend on
+// which tokens are beside it: every sum has one order.
 //
 // Shapes: N tokens, D model width.
 

@@ -94,7 +94,7 @@ class Controller:
             standing = self._decide(rows, occasion, num_others)
             self._observer.has_weighed = True
             keep(self._standing, occasion, standing)
-        elif standing.candidate.drafts and self._num_steps >= self._mode.explorer.next_look:
+        elif standing.may_look and self._num_steps >= self._mode.explorer.next_look:
             self._look_aside(standing, occasion)
         standing = standing.now()
         self._promised = standing.candidate.rate

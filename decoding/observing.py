@@ -12,7 +12,7 @@ from decoding.choice import StepOutcome
 from decoding.step_costs import StepCosts
 
 _FIRST_STEPS: Final = 64
-_OBSERVED_STEPS: Final = 17
+_OBSERVED_STEPS: Final = 16
 """After the first steps, the times of one in so many are learned from: that takes time too."""
 
 _OBSERVED_FIRST: Final = 16
@@ -36,6 +36,7 @@ class Observer:
         self._host_steps = {True: 0, False: 0}
         self._usually_drafts = False
         self._latest_step = 0
+        self._latest_outcome = 0
         self._latest_layer = 0
         self._num_observed: Counter[int] = Counter()
         self.has_weighed = False
@@ -58,11 +59,14 @@ class Observer:
             is_elsewhere |= (
                 exit_layer != self._latest_layer or self._num_observed[exit_layer] < _OBSERVED_FIRST
             )
-        return is_elsewhere or self.knows_little or step - self._latest_step >= _OBSERVED_STEPS
+        # Where requests leave nothing to choose, no step counts, and none is held against another.
+        is_elsewhere &= step != self._latest_step
+        num_since = max(step - self._latest_step, self._num_outcomes - self._latest_outcome)
+        return is_elsewhere or self.knows_little or num_since >= _OBSERVED_STEPS
 
     def took(self, outcome: StepOutcome, step: int) -> None:
         """Learn what a step took."""
-        self._latest_step = step
+        self._latest_step, self._latest_outcome = step, self._num_outcomes
         drafts = any(outcome.draft_lengths)
         if drafts:
             self._latest_layer = outcome.exit_layer

@@ -98,6 +98,11 @@ class Standing:
         return num_new <= _LIKE_ENOUGH * len(rows)
 
     @property
+    def may_look(self) -> bool:
+        """Whether a look may come first: where none drafts, looks are planned when choosing."""
+        return self.candidate.drafts and not self.is_look
+
+    @property
     def exit_layer(self) -> int:
         """Where drafts leave."""
         return self.candidate.exit_layer

@@ -24,7 +24,7 @@ WIDTHS: Final = (1, 2, 3, 4, 5, 7, 9, 12, 17)
 PLACES: Final = np.arange(len(ROWS))
 """Where these stand on a scale that doubles from one to the next."""
 
-STEEPEST: Final = 2.0
+STEEPEST: Final = 1.6
 _LEAST_SHARE: Final = 0.6
 """A layer may cost so many times what each of the usual exit layer's does, since few layers stay in a near cache
 that more leave. The line is then below nothing at its start; but layers cost so much of their price at least.
@@ -39,6 +39,9 @@ _SHARED_PACE: Final = 0.05
 
 _NEAR: Final = 2.0
 """Exit layers so close to those mostly drafted at say how fast the machine is; others, what depth costs."""
+
+_LEAST_LEFT: Final = 0.5
+"""Of a pass without drafts, one with drafts takes so much at least, whatever layers save it."""
 
 _FEW_DRAFTS: Final = 4
 """Steps of fewer drafts say little of what one takes the host."""
@@ -119,13 +122,17 @@ class StepCosts:
 
     def verify_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
         """Seconds of verifying so many tokens of `num_rows` rows together, drafts made at these exit layers."""
-        widths = num_tokens / num_rows
-        whole_s_W = _between(self._verify_s_RW, num_rows)
-        whole_s: Floats = np.interp(widths, WIDTHS, whole_s_W)
-        saved_s = exit_layers * np.interp(widths, WIDTHS, _between(self._saved_s_RW, num_rows))
         # Wherever drafts left, one token of each row passes all layers.
-        least_s = max(float(whole_s_W[0]), LEAST_S)
-        left_s: Floats = np.maximum(whole_s - saved_s, least_s)
+        least_s = max(float(_between(self._verify_s_RW, num_rows)[0]), LEAST_S)
+        left_s: Floats = np.maximum(self._pass_s(exit_layers, num_rows, num_tokens), least_s)
+        return left_s
+
+    def _pass_s(self, exit_layers: Counts | int, num_rows: int, num_tokens: Counts) -> Floats:
+        """As it was learned: a little less than a pass without drafts may be true of what was timed elsewhere."""
+        widths = num_tokens / num_rows
+        whole_s: Floats = np.interp(widths, WIDTHS, _between(self._verify_s_RW, num_rows))
+        saved_s = exit_layers * np.interp(widths, WIDTHS, _between(self._saved_s_RW, num_rows))
+        left_s: Floats = np.maximum(whole_s - saved_s, LEAST_S)
         return left_s
 
     def plain_s(self, num_rows: int) -> float:
@@ -174,12 +181,19 @@ class StepCosts:
         if num_tokens > WIDTHS[-1] * num_rows:
             # Wider than any time that is kept: the widest would be taken to cost so much.
             return
-        surprise = verify_s / float(self.verify_s(exit_layer, num_rows, num_tokens))
         width = int(np.abs(np.array(WIDTHS) - num_tokens / num_rows).argmin())
+        self._keep_positive(exit_layer, (row, width))
+        surprise = verify_s / float(self._pass_s(exit_layer, num_rows, num_tokens))
         if width and abs(exit_layer - centre) > _NEAR:
             self._tilt_saved(surprise, exit_layer, centre, (row, width))
         else:
             _believe(surprise, (self._verify_s_RW, self._saved_s_RW), (row, width), self._num_verified_RW)
+
+    def _keep_positive(self, exit_layer: int, cell: tuple[int, int]) -> None:
+        """Lines that were tilted elsewhere may have come below 0 here, where no factor would raise them."""
+        least_s = max(_LEAST_LEFT * float(self._verify_s_RW[cell[0], 0]), LEAST_S)
+        left_s = float(self._verify_s_RW[cell]) - exit_layer * float(self._saved_s_RW[cell])
+        self._verify_s_RW[cell] += max(least_s - left_s, 0.0)
 
     def _tilt_saved(self, surprise: float, exit_layer: int, centre: float, cell: tuple[int, int]) -> None:
         """What passes take whose drafts left far from the usual says what a layer saves them."""

@@ -99,3 +99,14 @@ def test_looked_up_drafts_count_what_the_host_takes_for_each() -> None:
         for draft_s in (0.0, 0.5)
     ]
     assert lengths[0] > lengths[1]
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_where_requests_leave_nothing_to_choose_times_are_learned_now_and_then(drafts: bool) -> None:
+    under_test, wanted = controller(costs(linear_with_gain), record(lambda layer: 0.9)), []
+    for _ in range(3000):
+        wanted.append(under_test.observes(4, drafts=drafts))
+        if wanted[-1]:
+            under_test.took(StepOutcome(4, (2 * drafts,), 1.0 * drafts, 10.0))
+        under_test.host_took(1, 0.1, num_drafts=2 * drafts)
+    assert 1000 / 20 < sum(wanted[2000:]) < 1000 / 10

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from decoding.measured_costs import StepTime, fitted_costs
-from decoding.step_costs import ROWS, WIDTHS
+from decoding.step_costs import ROWS, WIDTHS, DraftSeconds, StepCosts
 from tests.machines import NUM_LAYERS, Seconds, costs, dear_steps, flat, linear, verify_s
 
 
@@ -192,3 +192,38 @@ def test_what_depth_saves_a_pass_is_learned_from_passes_of_deep_drafts() -> None
     for layer in (4, 13):
         found_s = float(fitted.verify_s(layer, 1, np.array(5)))
         assert found_s == pytest.approx(measured(1, layer, 4).verify_s, rel=0.05)
+
+
+def wide_costs(per_layer_s: float) -> StepCosts:
+    """One row; passes of 1, 2, 3 … tokens take 1, 1.5, 2 … where nothing is saved; drafts leave at layer 10."""
+    widths = np.array(WIDTHS, dtype=np.float64)
+    whole_RW = np.ones((len(ROWS), 1)) * (1 + 0.5 * (widths - 1))
+    saved_RW = np.ones((len(ROWS), 1)) * (per_layer_s * (widths - 1))
+    per_row = [np.full(len(ROWS), each) for each in (0.0, 0.1, 0.05)]
+    return StepCosts(DraftSeconds(*per_row), whole_RW, saved_RW, exit_layer=10.0)
+
+
+def test_a_pass_that_takes_less_than_one_without_drafts_does_not_make_wide_ones_cheap() -> None:
+    """Without drafts times are taken in looks, in which steps are a little slower."""
+    fitted, rng = wide_costs(0.03), np.random.default_rng(0)
+    for step in range(4000):
+        noise = rng.uniform(0.95, 1.05)
+        if step % 8:
+            fitted.observe(10, [1], draft_s=0.6, verify_s=0.97 * noise)
+        else:
+            fitted.observe(1, [0], draft_s=0.0, verify_s=noise)
+    wide_s = [float(fitted.verify_s(10, 1, np.array(width))) for width in (2, 5, 9)]
+    assert wide_s[0] == pytest.approx(1.0, rel=0.05)
+    assert wide_s[1] > 1.3
+    assert wide_s[2] > 1.8
+
+
+def test_lines_that_were_tilted_below_nothing_come_back() -> None:
+    fitted = wide_costs(0.03)
+    for _ in range(60):
+        for exit_layer, taken_s in ((10, 1.6), (5, 4.8)):
+            fitted.observe(exit_layer, [8], draft_s=2.0, verify_s=taken_s)
+    for _ in range(60):
+        fitted.observe(15, [8], draft_s=2.0, verify_s=1.5)
+    assert float(fitted.verify_s(15, 1, np.array(9))) == pytest.approx(1.5, rel=0.15)
+    assert fitted.plain_s(1) == pytest.approx(1.0, rel=0.3)
