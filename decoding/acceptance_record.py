@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from decoding.confidence import COUNTED_TOGETHER, LONG_AGO, ConfidenceRecord
+from decoding.confidence import COUNTED_TOGETHER, LONG_AGO, ConfidenceRecord, refused_alike
 from decoding.step_costs import Counts, Floats
 
 _FADING: Final = 0.995
@@ -37,9 +37,6 @@ _MEASURED_PRIOR: Final = 64.0
 """The same at the first position where acceptance was measured elsewhere, and most that differs is common to all
 exit layers: other texts, other temperatures.
 """
-
-_PRIOR_REFUSALS: Final = 4.0
-"""So many refusals as expected are thought to have been seen before any was."""
 
 _HOPED: Final = 6.0
 """With hope, so many drafts more were made and kept at each position than were seen."""
@@ -204,10 +201,7 @@ class AcceptanceRecord:
         """First-draft acceptance of each exit layer, from others, [L]."""
         reached_L, kept_L = self._reached_LK[:, 0], self._kept_LK[:, 0]
         if self._is_measured:
-            refused_L = 1 - self._first_L
-            expected = float(reached_L @ refused_L) + _PRIOR_REFUSALS
-            seen = float((reached_L - kept_L).sum()) + _PRIOR_REFUSALS
-            measured_L: Floats = np.clip(1 - refused_L * (seen / expected), 0.0, SUREST)
+            measured_L: Floats = np.clip(refused_alike(self._first_L, reached_L, kept_L), 0.0, SUREST)
             return measured_L
         tried_N = np.flatnonzero(reached_L > _TRIED)
         if not len(tried_N):

@@ -45,7 +45,7 @@ _RATE_PRIOR: Final = 16.0
 """The same of drafts of all grades together."""
 
 _PRIOR_REFUSALS: Final = 4.0
-"""So many refusals as foretold are thought to have been seen of each kind of row before any was."""
+"""So many refusals as foretold are thought to have been seen before any was."""
 
 _TRIED: Final = 64.0
 """Drafts after which an exit layer tells how margins of others are to be read."""
@@ -126,9 +126,7 @@ class ConfidenceRecord:
         reached_L, kept_L = (
             each[int(is_sampled)].sum(axis=1) for each in (self._reached_2LG, self._kept_2LG)
         )
-        refused, foretold = float((reached_L - kept_L).sum()), float(reached_L @ (1 - both_L))
-        factor = (refused + _PRIOR_REFUSALS) / (foretold + _PRIOR_REFUSALS)
-        means_L: Floats = np.clip(1 - (1 - both_L) * factor, 0.0, _SUREST)
+        means_L: Floats = np.clip(refused_alike(both_L, reached_L, kept_L), 0.0, _SUREST)
         return means_L
 
     def rates(self, *, is_sampled: bool, means_L: Floats) -> Floats:
@@ -170,6 +168,15 @@ class ConfidenceRecord:
             return first
         nearest = int(tried[np.abs(tried - exit_layer).argmin()])
         return _joined(reached_LG[nearest], kept_LG[nearest], first)
+
+
+def refused_alike(foretold_L: Floats, reached_L: Floats, kept_L: Floats) -> Floats:
+    """Probabilities with which drafts are kept at each exit layer if they are refused everywhere so many times as
+    often as was foretold, as where they were seen; below 0 where that is too often, [L].
+    """
+    refused, foretold = float((reached_L - kept_L).sum()), float(reached_L @ (1 - foretold_L))
+    factor = (refused + _PRIOR_REFUSALS) / (foretold + _PRIOR_REFUSALS)
+    return 1 - (1 - foretold_L) * factor
 
 
 def _rising(chances: Sequence[float], weights: Sequence[float]) -> Floats:

@@ -77,7 +77,6 @@ class Speculator:
         self._lease: Lease | None = None
         self._resting: _Resting | None = None
         self._rested: tuple[Sequence[Share], Result] | None = None
-        self._rests = False
 
     @property
     def pays(self) -> bool:
@@ -118,8 +117,7 @@ class Speculator:
         """What each row would draft by early exit: what it did in the last step, where that still holds."""
         rows = (can_stop, *[share.sequence.place for share in drafting])
         resting = self._resting
-        self._rests = resting is not None and resting.rows == rows and resting.lease.take()
-        if resting is not None and self._rests:
+        if resting is not None and resting.rows == rows and resting.lease.take():
             self.stopping = resting.stopping
             return resting.wishes
         self._tell()

@@ -112,8 +112,7 @@ class StepCosts:
     def _computing_s(self, exit_layers: Counts | int, num_rows: Counts) -> Floats:
         places = place_of_each(num_rows)
         head_s, layer_s = (np.interp(places, PLACES, each_R) for each_R in (self._head_s_R, self._layer_s_R))
-        layers_s = exit_layers * layer_s
-        step_s: Floats = np.maximum(head_s + layers_s, _LEAST_SHARE * layers_s) * (num_rows > 0)
+        step_s: Floats = _line_s(head_s, layer_s, exit_layers) * (num_rows > 0)
         return step_s
 
     def start_s(self, num_rows: int) -> float:
@@ -223,8 +222,14 @@ class StepCosts:
         self._num_tilted_R[row] += 1
 
     def _believed_s(self, row: int, exit_layer: float) -> float:
-        layers_s = exit_layer * float(self._layer_s_R[row])
-        return max(float(self._head_s_R[row]) + layers_s, _LEAST_SHARE * layers_s, LEAST_S)
+        return max(float(_line_s(self._head_s_R[row], self._layer_s_R[row], exit_layer)), LEAST_S)
+
+
+def _line_s(head_s: Floats, layer_s: Floats, exit_layers: Counts | float) -> Floats:
+    """A draft step at these exit layers, of one head and one price of a layer for each number of rows."""
+    layers_s = exit_layers * layer_s
+    line_s: Floats = np.maximum(head_s + layers_s, _LEAST_SHARE * layers_s)
+    return line_s
 
 
 def _bounded(surprise: float) -> float:

@@ -143,10 +143,11 @@ class StoppingWeigher(Weigher):
         versions_2L = self._record.confidence.versions_2L
         places = [(layer, is_sampled, longest) for layer in exit_layers for is_sampled in kinds]
         # What is expected of an exit layer may rest on what was seen at others.
+        means = {is_sampled: self._means(is_sampled) for is_sampled in kinds}
         known = {
             (layer, is_sampled, longest): (
                 int(versions_2L[int(is_sampled), layer]),
-                round(float(self._means(is_sampled)[layer]), 2),
+                round(float(means[is_sampled][layer]), 2),
             )
             for layer, is_sampled, _ in places
         }
